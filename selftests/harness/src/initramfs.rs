@@ -1,0 +1,198 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! The guest's root: busybox, the driver's modules, modetest, and our own guest program.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::io;
+use std::path::{
+    Path,
+    PathBuf, //
+};
+use std::process::Command;
+use std::sync::Mutex;
+
+use anyhow::{
+    Context,
+    Result,
+    ensure, //
+};
+use cpio::newc;
+use serde_json::Value;
+use sha2::{
+    Digest,
+    Sha256, //
+};
+
+use crate::kernel::{
+    Kernel,
+    results, //
+};
+
+/// First program of the guest. The control channel is the second serial line; `lab.shell` asks for a shell on the first.
+const INIT: &str = r#"#!/bin/busybox sh
+/bin/busybox mkdir -p /proc /sys /dev /tmp /run /usr/bin /usr/sbin /sbin
+/bin/busybox --install -s
+export PATH=/bin:/sbin:/usr/bin:/usr/sbin HOME=/ TERM=vt100
+mount -t proc proc /proc
+mount -t sysfs sysfs /sys
+mount -t devtmpfs devtmpfs /dev
+mount -t debugfs debugfs /sys/kernel/debug
+mount -t tmpfs tmpfs /tmp
+if grep -qw lab.shell /proc/cmdline; then
+    load-driver
+    echo "The driver is loaded. modetest and virtgpu-guest are at hand; Ctrl-A X ends QEMU."
+    setsid cttyhack sh
+else
+    virtgpu-guest agent /dev/ttyS1
+fi
+poweroff -f
+"#;
+
+/// Loads the driver's modules that are not loaded yet.
+const LOAD_DRIVER: &str = r#"#!/bin/sh
+for module in $(cat /lib/modules/order); do
+    name=$(basename $module .ko | tr - _)
+    grep -q "^$name " /proc/modules || insmod $module || exit
+done
+"#;
+
+struct File {
+    mode: u32,
+    content: Vec<u8>,
+}
+
+/// Makes the initramfs, unless the same one is there, and returns its path.
+pub fn make(kernel: &Kernel) -> Result<PathBuf> {
+    // Cases of one process ask at once.
+    static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
+    let _guard = ONE_AT_A_TIME.lock().expect("not poisoned");
+
+    let mut files = BTreeMap::new();
+    let mut add = |path: String, mode: u32, content: Vec<u8>| {
+        files.insert(path, File { mode, content });
+    };
+    add("init".into(), 0o755, INIT.into());
+    add("bin/load-driver".into(), 0o755, LOAD_DRIVER.into());
+    let mut copy = |from: &Path, to: String| -> Result<()> {
+        let content = fs::read(from).with_context(|| format!("cannot read {}", from.display()))?;
+        add(to, 0o755, content);
+        Ok(())
+    };
+    copy(Path::new("/usr/bin/busybox"), "bin/busybox".into())?;
+    copy(&guest_program()?, "bin/virtgpu-guest".into())?;
+    copy(Path::new("/usr/bin/modetest"), "bin/modetest".into())?;
+    for library in libraries(Path::new("/usr/bin/modetest"))? {
+        let to = library.to_string_lossy().trim_start_matches('/').to_owned();
+        copy(&library, to)?;
+    }
+    let mut order = String::new();
+    for module in &kernel.modules {
+        let name = module.file_name().expect("a file").to_string_lossy();
+        order += &format!("/lib/modules/{name}\n");
+        copy(module, format!("lib/modules/{name}"))?;
+    }
+    add("lib/modules/order".into(), 0o644, order.into());
+
+    let mut hash = Sha256::new();
+    for (path, file) in &files {
+        hash.update(format!("{path}\0{:o}\0{}\0", file.mode, file.content.len()));
+        hash.update(&file.content);
+    }
+    let hash: String = hash.finalize()[..8]
+        .iter()
+        .map(|byte| format!("{byte:02x}"))
+        .collect();
+    let archive = results()?.join(format!("initramfs-{hash}.cpio"));
+    if !archive.exists() {
+        // Another process may do the same: each writes a file of its own, and the name appears when it is complete.
+        let mut new = tempfile::NamedTempFile::new_in(results()?)?;
+        write(&files, new.as_file_mut())?;
+        new.persist(&archive)?;
+    }
+    Ok(archive)
+}
+
+fn write(files: &BTreeMap<String, File>, mut to: &mut fs::File) -> Result<()> {
+    let mut directories = std::collections::BTreeSet::from([PathBuf::from("dev")]);
+    for path in files.keys() {
+        let parents = Path::new(path).ancestors().skip(1);
+        directories.extend(
+            parents
+                .filter(|path| *path != Path::new(""))
+                .map(PathBuf::from),
+        );
+    }
+    let mut ino = 0;
+    let mut entry = |name: &str, mode: u32| {
+        ino += 1;
+        newc::Builder::new(name).ino(ino).mode(mode).nlink(1)
+    };
+    for directory in &directories {
+        let builder = entry(&directory.to_string_lossy(), 0o040_755);
+        to = builder.write(to, 0).finish()?;
+    }
+    // The kernel opens it for the first program before anything is mounted.
+    let console = entry("dev/console", 0o020_600).rdev_major(5).rdev_minor(1);
+    to = console.write(to, 0).finish()?;
+    for (path, file) in files {
+        let mut writer = entry(path, 0o100_000 | file.mode).write(to, file.content.len() as u32);
+        io::copy(&mut file.content.as_slice(), &mut writer)?;
+        to = writer.finish()?;
+    }
+    newc::trailer(to)?;
+    Ok(())
+}
+
+/// Builds the guest program, linked statically, and returns its path.
+fn guest_program() -> Result<PathBuf> {
+    const TARGET: &str = "x86_64-unknown-linux-gnu";
+
+    let output = Command::new(env!("CARGO"))
+        .current_dir(concat!(env!("CARGO_MANIFEST_DIR"), "/../guest"))
+        .args([
+            "build",
+            "--quiet",
+            "--release",
+            "--message-format=json",
+            "--target",
+            TARGET,
+        ])
+        .env(
+            "CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUSTFLAGS",
+            "-Ctarget-feature=+crt-static",
+        )
+        .output()
+        .context("cannot run cargo")?;
+    let messages = String::from_utf8(output.stdout)?;
+    ensure!(
+        output.status.success(),
+        "the guest program does not build: {}{messages}",
+        String::from_utf8_lossy(&output.stderr)
+    );
+    messages
+        .lines()
+        .filter_map(|line| serde_json::from_str::<Value>(line).ok())
+        .find_map(|message| message["executable"].as_str().map(PathBuf::from))
+        .context("cargo built no program for the guest")
+}
+
+/// Returns the libraries that a program needs, the dynamic linker included.
+fn libraries(program: &Path) -> Result<Vec<PathBuf>> {
+    let output = Command::new("ldd")
+        .arg(program)
+        .output()
+        .context("cannot run ldd")?;
+    ensure!(
+        output.status.success(),
+        "ldd {}: {}",
+        program.display(),
+        output.status
+    );
+    let text = String::from_utf8(output.stdout)?;
+    Ok(text
+        .split_whitespace()
+        .filter(|word| word.starts_with('/'))
+        .map(PathBuf::from)
+        .collect())
+}

@@ -1,0 +1,151 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! The kernel under test, as the build left it, and where the results go.
+
+use std::collections::HashSet;
+use std::env;
+use std::fmt;
+use std::fs;
+use std::path::{
+    Path,
+    PathBuf, //
+};
+use std::process::Command;
+
+use anyhow::{
+    Context,
+    Result,
+    bail,
+    ensure, //
+};
+
+/// The driver under test.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Driver {
+    /// `virtgpu-rs`
+    Rust,
+    /// Linux's `virtio-gpu`
+    C,
+}
+
+impl Driver {
+    /// Reads the variable `DRIVER`; without it, the Rust driver is meant.
+    pub fn from_env() -> Result<Self> {
+        match env::var("DRIVER").as_deref() {
+            Err(_) | Ok("" | "rs") => Ok(Self::Rust),
+            Ok("c") => Ok(Self::C),
+            Ok(other) => bail!("DRIVER={other} is neither rs nor c"),
+        }
+    }
+
+    /// Name of the module's file, without suffix.
+    pub fn module(self) -> &'static str {
+        match self {
+            Self::Rust => "virtgpu-rs",
+            Self::C => "virtio-gpu",
+        }
+    }
+
+    /// Line of the kernel's configuration that has the driver built in.
+    fn built_in(self) -> &'static str {
+        match self {
+            Self::Rust => "CONFIG_DRM_VIRTGPU_RS=y",
+            Self::C => "CONFIG_DRM_VIRTIO_GPU=y",
+        }
+    }
+}
+
+impl fmt::Display for Driver {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Rust => "Rust",
+            Self::C => "C",
+        })
+    }
+}
+
+/// Returns the directory named by the variable `name`.
+fn directory(name: &str) -> Result<PathBuf> {
+    let path = env::var_os(name).with_context(|| format!("{name} is not set: run this by make"))?;
+    Ok(PathBuf::from(path))
+}
+
+/// Returns the directory that results are left in.
+pub fn results() -> Result<PathBuf> {
+    let path = directory("VIRTGPU_RUN")?;
+    fs::create_dir_all(&path).with_context(|| format!("cannot make {}", path.display()))?;
+    Ok(path)
+}
+
+/// A built kernel and its modules.
+pub struct Kernel {
+    pub image: PathBuf,
+    /// What must be loaded for the driver, dependencies first. Empty if it is built in.
+    pub modules: Vec<PathBuf>,
+    pub driver: Driver,
+}
+
+impl Kernel {
+    /// Finds the kernel that `VIRTGPU_BUILD` names.
+    pub fn from_env() -> Result<Self> {
+        let driver = Driver::from_env()?;
+        let build = directory("VIRTGPU_BUILD")?;
+        let image = build.join("bzImage");
+        ensure!(
+            image.exists(),
+            "there is no {}: build the kernel first",
+            image.display()
+        );
+
+        let config = fs::read_to_string(build.join("config"))?;
+        let mut modules = Vec::new();
+        if !config.lines().any(|line| line == driver.built_in()) {
+            let directory = build.join("modules");
+            let file = directory.join(driver.module()).with_extension("ko");
+            ensure!(
+                file.exists(),
+                "there is no {}: the kernel was built without it",
+                file.display()
+            );
+            add_with_dependencies(&directory, &file, &mut HashSet::new(), &mut modules)?;
+        }
+        Ok(Self {
+            image,
+            modules,
+            driver,
+        })
+    }
+}
+
+/// Appends `file` to `order`, after what it depends on. A dependency without a file is built in.
+fn add_with_dependencies(
+    directory: &Path,
+    file: &Path,
+    seen: &mut HashSet<PathBuf>,
+    order: &mut Vec<PathBuf>,
+) -> Result<()> {
+    if !file.exists() || !seen.insert(file.to_owned()) {
+        return Ok(());
+    }
+    let output = Command::new("modinfo")
+        .args(["-F", "depends"])
+        .arg(file)
+        .output()
+        .context("cannot run modinfo")?;
+    ensure!(
+        output.status.success(),
+        "modinfo {}: {}",
+        file.display(),
+        output.status
+    );
+    let names = String::from_utf8(output.stdout)?;
+    for name in names.trim().split(',').filter(|name| !name.is_empty()) {
+        // The kernel takes `-` and `_` in a module's name for the same, a file system does not.
+        for spelling in [name.to_owned(), name.replace('_', "-")] {
+            let file = directory.join(spelling).with_extension("ko");
+            add_with_dependencies(directory, &file, seen, order)?;
+        }
+    }
+    order.push(file.to_owned());
+    Ok(())
+}

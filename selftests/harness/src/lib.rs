@@ -1,0 +1,10 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Boots guests in QEMU, gives them orders, and looks at their screens from the outside.
+
+pub mod initramfs;
+pub mod kernel;
+pub mod logs;
+pub mod screen;
+pub mod suspend;
+pub mod vm;

@@ -1,0 +1,139 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Boots a guest to look at: once through suspend, or with a shell.
+
+use std::process::ExitCode;
+
+use anyhow::{
+    Context,
+    Result,
+    ensure, //
+};
+use clap::{
+    Parser,
+    Subcommand, //
+};
+use image::RgbImage;
+use virtgpu_guest::wire::{
+    CardInfo,
+    Shown, //
+};
+use virtgpu_lab::kernel::{
+    self,
+    Kernel, //
+};
+use virtgpu_lab::screen;
+use virtgpu_lab::suspend::Sleep;
+use virtgpu_lab::vm::{
+    self,
+    Machine,
+    Vm, //
+};
+
+/// Boots a guest with the driver that DRIVER names (rs or c), and the kernel in VIRTGPU_BUILD. Leaves its results in VIRTGPU_RUN.
+#[derive(Parser)]
+#[command(version)]
+struct Arguments {
+    #[command(subcommand)]
+    command: What,
+}
+
+#[derive(Subcommand)]
+enum What {
+    /// Have modetest draw, suspend to RAM, wake up, and compare the screen before and after.
+    Run,
+    /// Boot to a shell on this terminal.
+    Shell,
+}
+
+fn main() -> ExitCode {
+    let result = match Arguments::parse().command {
+        What::Run => run(),
+        What::Shell => shell(),
+    };
+    match result {
+        Ok(code) => code,
+        Err(error) => {
+            eprintln!("virtgpu-lab: {error:#}");
+            ExitCode::from(2)
+        }
+    }
+}
+
+fn shell() -> Result<ExitCode> {
+    let kernel = Kernel::from_env()?;
+    let dir = kernel::results()?.join("shell");
+    let status = vm::shell(&kernel, &Machine::with_gpu("virtio-gpu-pci"), &dir)?;
+    Ok(ExitCode::from(status.code().unwrap_or(255) as u8))
+}
+
+fn run() -> Result<ExitCode> {
+    let kernel = Kernel::from_env()?;
+    let dir = kernel::results()?;
+    println!("booting a guest with the {} driver", kernel.driver);
+    let mut vm = Vm::boot(
+        &kernel,
+        &Machine::with_gpu("virtio-gpu-pci"),
+        &dir.join("guest"),
+    )?;
+
+    let info: CardInfo = serde_json::from_str(&vm.run("virtgpu-guest info")?)?;
+    let output = info
+        .outputs
+        .iter()
+        .find(|output| output.connected)
+        .context("no connector is connected")?;
+    let mode = output.modes.first().context("the connector has no modes")?;
+    println!(
+        "modetest draws on {} in {}x{}",
+        output.name, mode.width, mode.height
+    );
+    let setting = format!("{}:{}x{}", output.connector, mode.width, mode.height);
+    let client = vm.start_program(&["modetest", "-M", "virtio_gpu", "-s", &setting])?;
+    let before = wait_drawn(&mut vm)?;
+    before.save(dir.join("before.png"))?;
+
+    println!("suspending to RAM, and waking up");
+    Sleep::S3.cycle(&mut vm)?;
+    let (after, same) = screen::watch(&mut vm, 0, screen::SCREEN_LIMIT, |picture| {
+        *picture == before
+    })?;
+    after.save(dir.join("after.png"))?;
+    screen::side_by_side(&before, &after).save(dir.join("compare.png"))?;
+    vm.say(client, "")?;
+    vm.wait_end(client)?;
+
+    let place = dir.display();
+    if same {
+        println!(
+            "MATCH: the screen after suspend is the screen before, pixel for pixel ({place}/compare.png)"
+        );
+        Ok(ExitCode::SUCCESS)
+    } else {
+        let difference = screen::difference(&after, &before);
+        println!(
+            "MISMATCH: the screen after suspend is another one: {difference} ({place}/compare.png)"
+        );
+        Ok(ExitCode::FAILURE)
+    }
+}
+
+/// Waits until the screen shows what modetest drew: its own framebuffer, which is not the console's and not black.
+fn wait_drawn(vm: &mut Vm) -> Result<RgbImage> {
+    let end = std::time::Instant::now() + vm::LIMIT;
+    let console: Vec<Shown> = serde_json::from_str(&vm.run("virtgpu-guest framebuffers")?)?;
+    loop {
+        let shown: Vec<Shown> = serde_json::from_str(&vm.run("virtgpu-guest framebuffers")?)?;
+        if shown != console
+            && let Some(first) = shown.first()
+        {
+            let (picture, right) = screen::watch(vm, 0, screen::SCREEN_LIMIT, |picture| {
+                screen::fingerprint(picture) == first.fingerprint && !screen::is_black(picture)
+            })?;
+            if right {
+                return Ok(picture);
+            }
+        }
+        ensure!(std::time::Instant::now() < end, "modetest did not draw");
+    }
+}

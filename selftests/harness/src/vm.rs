@@ -1,0 +1,576 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! A guest: QEMU, its monitor, its console, and the agent inside.
+//!
+//! Everything that a guest and its QEMU say arrives as a [`Note`] in one list, in the order of arrival. Whoever waits names the
+//! note that is awaited and the place in the list from which on it counts, so that nothing is missed and nothing is slept for.
+
+use std::fs::{
+    self,
+    File, //
+};
+use std::io::{
+    BufRead,
+    BufReader,
+    Write, //
+};
+use std::os::unix::net::{
+    UnixListener,
+    UnixStream, //
+};
+use std::path::{
+    Path,
+    PathBuf, //
+};
+use std::process::{
+    Child,
+    Command,
+    Stdio, //
+};
+use std::sync::mpsc::{
+    self,
+    Receiver,
+    RecvTimeoutError,
+    Sender, //
+};
+use std::thread;
+use std::time::{
+    Duration,
+    Instant, //
+};
+
+use anyhow::{
+    Context,
+    Result,
+    anyhow,
+    bail,
+    ensure, //
+};
+use serde_json::{
+    Value,
+    json, //
+};
+use tempfile::TempDir;
+use virtgpu_guest::wire::{
+    Order,
+    Report, //
+};
+
+use crate::initramfs;
+use crate::kernel::Kernel;
+
+/// How long a guest may take to its shell. It takes 3 s on an idle machine, 45 s with a debug kernel.
+const BOOT_LIMIT: Duration = Duration::from_secs(90);
+
+/// How long anything else in a guest may take.
+pub const LIMIT: Duration = Duration::from_secs(40);
+
+/// How long the monitor may take to answer.
+const MONITOR_LIMIT: Duration = Duration::from_secs(20);
+
+/// A machine to boot.
+#[derive(Clone)]
+pub struct Machine {
+    /// QEMU's `-machine`.
+    pub machine: &'static str,
+    /// QEMU's `-device` arguments; the GPU has the id `gpu0`.
+    pub devices: Vec<String>,
+    pub cpus: u32,
+    /// Counted instructions for a clock: what the guest measures does not depend on the host.
+    pub icount: bool,
+    /// Appended to the kernel's command line.
+    pub append: String,
+    /// More arguments for QEMU.
+    pub arguments: Vec<String>,
+}
+
+impl Machine {
+    /// A machine with the given GPU.
+    pub fn with_gpu(device: &str) -> Self {
+        Self {
+            machine: "pc",
+            devices: vec![format!("{device},id=gpu0")],
+            cpus: 1,
+            icount: false,
+            append: String::new(),
+            arguments: Vec::new(),
+        }
+    }
+
+    /// A machine with the given PCI Express GPU behind a root port.
+    pub fn behind_root_port(device: &str) -> Self {
+        Self {
+            machine: "q35",
+            devices: vec![
+                "pcie-root-port,id=port0".into(),
+                format!("{device},id=gpu0,bus=port0"),
+            ],
+            ..Self::with_gpu(device)
+        }
+    }
+
+    fn arguments(&self, kernel: &Kernel, dir: &Path, shell: bool) -> Result<Vec<String>> {
+        let accelerator = match self.icount {
+            true => "tcg",
+            false => "tcg,thread=multi",
+        };
+        let mut append = format!(
+            "console=ttyS0 no_console_suspend ignore_loglevel pm_debug_messages oops=panic panic=-1 {}",
+            self.append
+        );
+        if self.icount {
+            append += " tsc=reliable";
+        }
+        if shell {
+            append += " lab.shell";
+        }
+        let display = match std::env::var("DISPLAY_BACKEND") {
+            Ok(name) if !name.is_empty() => name,
+            _ => "none".into(),
+        };
+        let mut arguments: Vec<String> = [
+            "-nodefaults",
+            "-no-user-config",
+            "-no-reboot",
+            "-machine",
+            self.machine,
+            "-accel",
+            accelerator,
+            "-cpu",
+            "max",
+            "-m",
+            "512M",
+            "-display",
+            &display,
+            "-vga",
+            "none",
+            "-trace",
+            "virtio_gpu_*",
+            "-d",
+            "guest_errors",
+        ]
+        .map(String::from)
+        .into();
+        let mut add = |name: &str, value: String| arguments.extend([name.to_owned(), value]);
+        add("-D", dir.join("qemu.log").display().to_string());
+        add("-smp", self.cpus.to_string());
+        add("-kernel", kernel.image.display().to_string());
+        add("-initrd", initramfs::make(kernel)?.display().to_string());
+        add("-append", append);
+        if self.icount {
+            add("-icount", "shift=0,sleep=off".into());
+        }
+        for device in &self.devices {
+            add("-device", device.clone());
+        }
+        arguments.extend(self.arguments.iter().cloned());
+        Ok(arguments)
+    }
+}
+
+/// Something that a guest or its QEMU said.
+#[derive(Debug, Clone)]
+pub enum Note {
+    /// A message of QEMU's monitor.
+    Monitor(Value),
+    /// A report of the agent.
+    Agent(Report),
+    /// A line on the console.
+    Console(String),
+}
+
+/// A place in the list of notes.
+#[derive(Debug, Clone, Copy)]
+pub struct Mark(usize);
+
+/// A program that runs in the guest.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Program(u32);
+
+impl Program {
+    /// Whether a report's `id` means this program.
+    pub fn is(self, id: u32) -> bool {
+        self.0 == id
+    }
+}
+
+/// What a program left.
+#[derive(Debug, Default)]
+pub struct Output {
+    pub code: i32,
+    pub out: String,
+    pub err: String,
+}
+
+/// A guest that runs. It ends with this object.
+pub struct Vm {
+    qemu: Child,
+    monitor: UnixStream,
+    agent: UnixStream,
+    notes: Receiver<Note>,
+    seen: Vec<Note>,
+    programs: u32,
+    commands: u64,
+    /// Directory of this guest's logs.
+    pub dir: PathBuf,
+    /// The machine that runs.
+    pub machine: Machine,
+    _sockets: TempDir,
+}
+
+impl Vm {
+    /// Boots a guest until its agent listens, and loads the driver. Logs go to `dir`.
+    pub fn boot(kernel: &Kernel, machine: &Machine, dir: &Path) -> Result<Self> {
+        let mut vm = Self::boot_bare(kernel, machine, dir)?;
+        vm.run("load-driver")?;
+        Ok(vm)
+    }
+
+    /// As [`Vm::boot`], without the driver's modules.
+    pub fn boot_bare(kernel: &Kernel, machine: &Machine, dir: &Path) -> Result<Self> {
+        let attempt = || -> Result<Self> {
+            let mut vm = Self::start(kernel, machine, dir)?;
+            let ready = |note: &Note| matches!(note, Note::Agent(Report::Ready)).then_some(());
+            vm.wait("the guest's agent", Mark(0), BOOT_LIMIT, ready)?;
+            Ok(vm)
+        };
+        attempt().or_else(|error| {
+            // About one boot in sixty hangs under TCG on a loaded machine, before any of our code runs.
+            eprintln!("{}: no shell, booting once more: {error:#}", dir.display());
+            attempt()
+        })
+    }
+
+    /// Starts QEMU and waits for its monitor only.
+    pub fn start(kernel: &Kernel, machine: &Machine, dir: &Path) -> Result<Self> {
+        fs::create_dir_all(dir)?;
+        let sockets = tempfile::Builder::new().prefix("virtgpu-").tempdir()?;
+        let socket = |name: &str| sockets.path().join(name);
+        let listen = |name: &str| UnixListener::bind(socket(name));
+        let listeners = (listen("monitor")?, listen("console")?, listen("agent")?);
+
+        let mut arguments = machine.arguments(kernel, dir, false)?;
+        for (name, user) in [
+            ("monitor", vec!["-mon", "chardev=monitor,mode=control"]),
+            ("console", vec!["-serial", "chardev:console"]),
+            ("agent", vec!["-serial", "chardev:agent"]),
+        ] {
+            let path = socket(name);
+            arguments.push("-chardev".into());
+            arguments.push(format!("socket,id={name},path={}", path.display()));
+            arguments.extend(user.into_iter().map(String::from));
+        }
+        let mut qemu = Command::new("qemu-system-x86_64")
+            .args(&arguments)
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::piped())
+            .spawn()
+            .context("cannot run qemu-system-x86_64")?;
+        fs::write(dir.join("qemu.args"), arguments.join("\n"))?;
+
+        // QEMU closes its standard error when it ends, of its own will or not. If it never came to connect, somebody must.
+        let mut stderr = qemu.stderr.take().expect("piped");
+        let mut log = File::create(dir.join("qemu.stderr"))?;
+        let wake = [socket("monitor"), socket("console"), socket("agent")];
+        thread::spawn(move || {
+            let _ = std::io::copy(&mut stderr, &mut log);
+            for path in wake {
+                let _ = UnixStream::connect(path);
+            }
+        });
+
+        let (sender, notes) = mpsc::channel();
+        let (monitor, _) = listeners.0.accept()?;
+        let (console, _) = listeners.1.accept()?;
+        let (agent, _) = listeners.2.accept()?;
+        let log = File::create(dir.join("console.log"))?;
+        read_json(monitor.try_clone()?, sender.clone(), Note::Monitor);
+        read_json(agent.try_clone()?, sender.clone(), Note::Agent);
+        read_console(console, log, sender);
+
+        let mut vm = Self {
+            qemu,
+            monitor,
+            agent,
+            notes,
+            seen: Vec::new(),
+            programs: 0,
+            commands: 0,
+            dir: dir.to_owned(),
+            machine: machine.clone(),
+            _sockets: sockets,
+        };
+        vm.monitor("qmp_capabilities", json!({}))?;
+        Ok(vm)
+    }
+
+    /// Returns the present end of the list of notes.
+    pub fn mark(&mut self) -> Mark {
+        self.seen.extend(self.notes.try_iter());
+        Mark(self.seen.len())
+    }
+
+    /// Returns the notes after `mark` that have arrived.
+    pub fn since(&mut self, mark: Mark) -> &[Note] {
+        self.seen.extend(self.notes.try_iter());
+        &self.seen[mark.0..]
+    }
+
+    /// Waits for the first note after `mark` that `pick` has a use for, and for `limit` at most.
+    pub fn wait<T>(
+        &mut self,
+        what: &str,
+        mark: Mark,
+        limit: Duration,
+        mut pick: impl FnMut(&Note) -> Option<T>,
+    ) -> Result<T> {
+        let end = Instant::now() + limit;
+        let mut next = mark.0;
+        loop {
+            while let Some(note) = self.seen.get(next) {
+                if let Some(found) = pick(note) {
+                    return Ok(found);
+                }
+                next += 1;
+            }
+            match self
+                .notes
+                .recv_timeout(end.saturating_duration_since(Instant::now()))
+            {
+                Ok(note) => self.seen.push(note),
+                Err(RecvTimeoutError::Timeout) => {
+                    let last = self.last_console_lines();
+                    bail!(
+                        "waited {} s for {what}; the console's last lines:\n{last}",
+                        limit.as_secs()
+                    )
+                }
+                Err(RecvTimeoutError::Disconnected) => {
+                    let stderr =
+                        fs::read_to_string(self.dir.join("qemu.stderr")).unwrap_or_default();
+                    let last = self.last_console_lines();
+                    bail!(
+                        "QEMU ended while waiting for {what}: {stderr}\nthe console's last lines:\n{last}"
+                    )
+                }
+            }
+        }
+    }
+
+    fn last_console_lines(&self) -> String {
+        let lines = self.seen.iter().rev().filter_map(|note| match note {
+            Note::Console(line) => Some(line.as_str()),
+            _ => None,
+        });
+        let mut last: Vec<&str> = lines.take(12).collect();
+        last.reverse();
+        last.join("\n")
+    }
+
+    /// Gives QEMU's monitor a command, and returns its answer.
+    pub fn monitor(&mut self, command: &str, arguments: Value) -> Result<Value> {
+        let mark = self.mark();
+        self.commands += 1;
+        let id = self.commands;
+        let text = json!({ "execute": command, "arguments": arguments, "id": id });
+        writeln!(self.monitor, "{text}").with_context(|| format!("QEMU is gone ({command})"))?;
+        let answer = self.wait(command, mark, MONITOR_LIMIT, |note| match note {
+            Note::Monitor(message) if message["id"] == id => Some(message.clone()),
+            _ => None,
+        })?;
+        match answer.get("return") {
+            Some(value) => Ok(value.clone()),
+            None => bail!("QEMU refuses {command}: {}", answer["error"]["desc"]),
+        }
+    }
+
+    /// Gives a command of QEMU's human monitor.
+    pub fn human_monitor(&mut self, command: &str) -> Result<String> {
+        let answer = self.monitor("human-monitor-command", json!({ "command-line": command }))?;
+        Ok(answer.as_str().unwrap_or_default().to_owned())
+    }
+
+    /// Waits for an event of QEMU.
+    pub fn wait_event(&mut self, name: &str, mark: Mark) -> Result<()> {
+        self.wait(&format!("QEMU's event {name}"), mark, LIMIT, |note| {
+            event(note, name)
+        })
+    }
+
+    /// Waits for a line on the console that contains `text`.
+    pub fn wait_console(&mut self, text: &str, mark: Mark) -> Result<()> {
+        self.wait(
+            &format!("'{text}' on the console"),
+            mark,
+            LIMIT,
+            |note| match note {
+                Note::Console(line) if line.contains(text) => Some(()),
+                _ => None,
+            },
+        )
+    }
+
+    fn order(&mut self, order: &Order) -> Result<()> {
+        let text = serde_json::to_string(order)?;
+        writeln!(self.agent, "{text}").context("QEMU is gone")
+    }
+
+    /// Starts a program in the guest.
+    pub fn start_program(&mut self, argv: &[&str]) -> Result<Program> {
+        self.programs += 1;
+        let id = self.programs;
+        let argv = argv.iter().map(|word| word.to_string()).collect();
+        self.order(&Order::Start { id, argv })?;
+        Ok(Program(id))
+    }
+
+    /// Gives a program a line on its standard input.
+    pub fn say(&mut self, program: Program, text: &str) -> Result<()> {
+        self.order(&Order::Say {
+            id: program.0,
+            text: text.into(),
+        })
+    }
+
+    /// Sends a program a signal.
+    pub fn signal(&mut self, program: Program, signal: i32) -> Result<()> {
+        self.order(&Order::Signal {
+            id: program.0,
+            signal,
+        })
+    }
+
+    /// Waits for a line that the program writes after `mark` and that starts with `text`, and returns what follows.
+    ///
+    /// A program that ends instead is an error.
+    pub fn wait_line(&mut self, program: Program, text: &str, mark: Mark) -> Result<String> {
+        let mut complaints = String::new();
+        self.wait(
+            &format!("'{text}' of program {}", program.0),
+            mark,
+            LIMIT,
+            |note| match note {
+                Note::Agent(Report::Out { id, text: line }) if *id == program.0 => line
+                    .strip_prefix(text)
+                    .map(|rest| Ok(rest.trim().to_owned())),
+                Note::Agent(Report::Err { id, text: line }) if *id == program.0 => {
+                    complaints += line;
+                    complaints.push('\n');
+                    None
+                }
+                Note::Agent(Report::Ended { id, code }) if *id == program.0 => Some(Err(anyhow!(
+                    "the program ended with {code} instead of '{text}': {complaints}"
+                ))),
+                _ => None,
+            },
+        )?
+    }
+
+    /// Waits until the program has ended, and returns everything that it wrote.
+    pub fn wait_end(&mut self, program: Program) -> Result<Output> {
+        let mut output = Output::default();
+        self.wait(
+            &format!("the end of program {}", program.0),
+            Mark(0),
+            LIMIT,
+            |note| match note {
+                Note::Agent(Report::Out { id, text }) if *id == program.0 => {
+                    output.out += text;
+                    output.out.push('\n');
+                    None
+                }
+                Note::Agent(Report::Err { id, text }) if *id == program.0 => {
+                    output.err += text;
+                    output.err.push('\n');
+                    None
+                }
+                Note::Agent(Report::Ended { id, code }) if *id == program.0 => Some(*code),
+                _ => None,
+            },
+        )
+        .map(|code| Output { code, ..output })
+    }
+
+    /// Runs a shell command in the guest, to its end.
+    pub fn try_run(&mut self, command: &str) -> Result<Output> {
+        let program = self.start_program(&["sh", "-c", command])?;
+        self.wait_end(program)
+    }
+
+    /// Runs a shell command in the guest that must succeed, and returns its output.
+    pub fn run(&mut self, command: &str) -> Result<String> {
+        let output = self.try_run(command)?;
+        ensure!(
+            output.code == 0,
+            "'{command}' ended with {} in the guest: {}{}",
+            output.code,
+            output.out,
+            output.err
+        );
+        Ok(output.out)
+    }
+
+    /// Waits until QEMU has ended by itself.
+    pub fn wait_gone(mut self) -> Result<()> {
+        let gone = self.wait("QEMU's end", Mark(0), LIMIT, |_| None::<()>);
+        ensure!(
+            self.qemu.try_wait()?.is_some(),
+            "{:#}",
+            gone.expect_err("nothing is picked")
+        );
+        Ok(())
+    }
+}
+
+impl Drop for Vm {
+    fn drop(&mut self) {
+        // It may be gone already.
+        let _ = self.qemu.kill();
+        let _ = self.qemu.wait();
+    }
+}
+
+/// Runs a guest with a shell on this terminal, and returns QEMU's exit status.
+pub fn shell(kernel: &Kernel, machine: &Machine, dir: &Path) -> Result<std::process::ExitStatus> {
+    fs::create_dir_all(dir)?;
+    Ok(Command::new("qemu-system-x86_64")
+        .args(machine.arguments(kernel, dir, true)?)
+        .args(["-serial", "mon:stdio"])
+        .status()?)
+}
+
+/// Picks an event of QEMU.
+pub fn event(note: &Note, name: &str) -> Option<()> {
+    matches!(note, Note::Monitor(message) if message["event"] == name).then_some(())
+}
+
+fn read_json<T: serde::de::DeserializeOwned + Send + 'static>(
+    stream: UnixStream,
+    to: Sender<Note>,
+    note: fn(T) -> Note,
+) {
+    thread::spawn(move || {
+        for line in BufReader::new(stream).split(b'\n') {
+            let Ok(line) = line else { break };
+            // A reset of the serial line may cut one short; what waits for it runs into its limit.
+            if let Ok(value) = serde_json::from_slice(&line)
+                && to.send(note(value)).is_err()
+            {
+                break;
+            }
+        }
+    });
+}
+
+fn read_console(stream: UnixStream, mut log: File, to: Sender<Note>) {
+    thread::spawn(move || {
+        for line in BufReader::new(stream).split(b'\n') {
+            let Ok(line) = line else { break };
+            let line = String::from_utf8_lossy(&line).trim_end().to_owned();
+            if writeln!(log, "{line}").is_err() || to.send(Note::Console(line)).is_err() {
+                break;
+            }
+        }
+    });
+}
