@@ -4,10 +4,19 @@
 
 mod agent;
 mod card;
+mod checks;
+mod client;
+mod ktap;
+mod uevents;
 
 use std::path::PathBuf;
+use std::process::ExitCode;
 
-use anyhow::Result;
+use anyhow::{
+    Context,
+    Result,
+    bail, //
+};
 use clap::{
     Parser,
     Subcommand, //
@@ -16,6 +25,10 @@ use clap::{
 use crate::card::Card;
 
 /// Clients and checks for a guest with a virtio GPU.
+///
+/// `virtgpu-guest selftest` runs by hand, as root, in any guest whose GPU is driven by virtio_gpu (the Rust driver or the C
+/// driver), on the text console, with no compositor running. Only the host sees whether a picture is really on the screen; the
+/// harness next door adds that part.
 #[derive(Parser)]
 #[command(version)]
 struct Arguments {
@@ -25,22 +38,66 @@ struct Arguments {
 
 #[derive(Subcommand)]
 enum What {
-    /// Run programs for a harness at the other end of a serial line.
-    Agent {
-        /// The line, such as /dev/ttyS1.
-        line: PathBuf,
+    /// Check the driver from within the guest, and print the results as KTAP.
+    ///
+    /// identity: name, version, connectors, debugfs. dumb: a dumb buffer keeps its contents. addfb_bad: framebuffers that reach
+    /// out of their buffer are refused. modes: every mode can be set. flip_rate: flips come at the mode's rate. dirtyfb: parts of
+    /// a framebuffer can be updated. console: text reaches the framebuffer. suspend_devices: the devices are suspended and
+    /// resumed (pm_test), and flips go on without a complaint in the kernel's log.
+    Selftest {
+        /// Checks to run; all, if none is named.
+        names: Vec<String>,
+    },
+    /// Draw test pictures on every connected output, as standard input says.
+    ///
+    /// `draw SEED` draws a picture off screen and flips to it. `flip` flips between the last two pictures until the next line.
+    /// `part SEED X Y WIDTH HEIGHT` draws on screen, and declares only that part dirty. Each is answered with a line.
+    Client {
+        /// The first picture.
+        #[arg(default_value_t = 1)]
+        seed: u8,
+        /// Size of the mode, such as 1024x768; the preferred mode, if not given.
+        #[arg(long, value_parser = parse_size)]
+        mode: Option<(u16, u16)>,
     },
     /// Print the driver's name and version, the connectors and their modes, as JSON.
     Info,
     /// Print size and fingerprint of every framebuffer that is being scanned out, as JSON.
     Framebuffers,
+    /// Print the kernel's uevents.
+    Uevents,
+    /// Run programs for a harness at the other end of a serial line.
+    Agent {
+        /// The line, such as /dev/ttyS1.
+        line: PathBuf,
+    },
 }
 
-fn main() -> Result<()> {
+fn parse_size(text: &str) -> Result<(u16, u16)> {
+    let (width, height) = text.split_once('x').context("a size looks like 1024x768")?;
+    Ok((width.parse()?, height.parse()?))
+}
+
+fn main() -> Result<ExitCode> {
     match Arguments::parse().command {
-        What::Agent { line } => agent::serve(&line)?,
+        What::Selftest { names } => return selftest(&names),
+        What::Client { seed, mode } => client::serve(Card::open()?, seed, mode)?,
         What::Info => println!("{}", serde_json::to_string(&Card::open()?.info()?)?),
         What::Framebuffers => println!("{}", serde_json::to_string(&Card::open()?.shown()?)?),
+        What::Uevents => uevents::print()?,
+        What::Agent { line } => agent::serve(&line)?,
     }
-    Ok(())
+    Ok(ExitCode::SUCCESS)
+}
+
+fn selftest(names: &[String]) -> Result<ExitCode> {
+    let known = |name: &String| checks::ALL.iter().any(|check| check.name == name);
+    if let Some(unknown) = names.iter().find(|name| !known(name)) {
+        let all: Vec<_> = checks::ALL.iter().map(|check| check.name).collect();
+        bail!("there is no check '{unknown}', only {}", all.join(", "));
+    }
+    let chosen =
+        |check: &&ktap::Check| names.is_empty() || names.iter().any(|name| name == check.name);
+    let checks: Vec<_> = checks::ALL.iter().filter(chosen).collect();
+    Ok(ktap::run(&checks))
 }

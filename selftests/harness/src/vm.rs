@@ -251,7 +251,7 @@ impl Vm {
 
         let mut arguments = machine.arguments(kernel, dir, false)?;
         for (name, user) in [
-            ("monitor", vec!["-mon", "chardev=monitor,mode=control"]),
+            ("monitor", vec!["-qmp", "chardev:monitor"]),
             ("console", vec!["-serial", "chardev:console"]),
             ("agent", vec!["-serial", "chardev:agent"]),
         ] {
