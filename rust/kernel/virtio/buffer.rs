@@ -1,0 +1,291 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Memory that is shared with a virtio device.
+
+use crate::{
+    bindings,
+    error::to_result,
+    page::{
+        page_align,
+        PAGE_SIZE, //
+    },
+    prelude::*,
+    types::Opaque, //
+};
+use core::ptr::{
+    self,
+    NonNull, //
+};
+
+/// Pages that are shared with a device, and hold nothing else.
+///
+/// They are contiguous and in the linear map. The device may change them at any time, so there are
+/// no references to what is in them; it is copied in and out.
+///
+/// # Invariants
+///
+/// `memory` was allocated by `alloc_pages_exact()` with a size of `len`, which is a multiple of
+/// eight, and is only accessed through this structure and by the device.
+pub(super) struct DmaPages {
+    memory: NonNull<u64>,
+    len: usize,
+}
+
+// SAFETY: Pages can be freed from any thread.
+unsafe impl Send for DmaPages {}
+
+// SAFETY: A shared reference allows no more than reading what the device may write to anyway.
+unsafe impl Sync for DmaPages {}
+
+impl DmaPages {
+    /// Allocates at least `len` bytes of zeroes. Process context.
+    pub(super) fn new(len: usize) -> Result<Self> {
+        let len = page_align(len).filter(|len| *len > 0).ok_or(EINVAL)?;
+
+        // SAFETY: `len` is not zero.
+        let memory =
+            unsafe { bindings::alloc_pages_exact_noprof(len, (GFP_KERNEL | __GFP_ZERO).as_raw()) };
+
+        // INVARIANT: It was just allocated. Pages are a multiple of eight bytes.
+        Ok(Self {
+            memory: NonNull::new(memory.cast()).ok_or(ENOMEM)?,
+            len,
+        })
+    }
+
+    /// Returns a pointer to the byte at `offset`, which is followed by `len` others.
+    ///
+    /// Errors: [`EINVAL`] if it is not.
+    pub(super) fn as_ptr(&self, offset: usize, len: usize) -> Result<*mut u8> {
+        if offset.checked_add(len).is_none_or(|end| end > self.len) {
+            return Err(EINVAL);
+        }
+
+        // SAFETY: By the check above, this is within the memory.
+        Ok(unsafe { self.memory.as_ptr().cast::<u8>().add(offset) })
+    }
+
+    /// Copies `data` to `offset`.
+    ///
+    /// Errors: [`EINVAL`] if there is no room.
+    pub(super) fn write(&mut self, offset: usize, data: &[u8]) -> Result {
+        let to = self.as_ptr(offset, data.len())?;
+
+        // SAFETY: By the type invariant, the memory is valid for writes, `to` is followed by as
+        // many bytes as `data` has, and nothing but the device accesses them.
+        unsafe { ptr::copy_nonoverlapping(data.as_ptr(), to, data.len()) };
+        Ok(())
+    }
+
+    /// Copies what is at `offset`, a multiple of eight, to `data`.
+    ///
+    /// Errors: [`EINVAL`] if there are not as many bytes.
+    pub(super) fn read(&self, offset: usize, data: &mut [u8]) -> Result {
+        self.as_ptr(offset, data.len())?;
+
+        for (i, chunk) in data.chunks_mut(8).enumerate() {
+            // SAFETY: By the check above, at least one byte of this word is within the memory, and
+            // by the type invariant, all of it is. The access is volatile because the device may
+            // write to the word at the same time.
+            let word = unsafe { self.memory.as_ptr().add(offset / 8 + i).read_volatile() };
+
+            chunk.copy_from_slice(&word.to_ne_bytes()[..chunk.len()]);
+        }
+        Ok(())
+    }
+}
+
+impl Drop for DmaPages {
+    fn drop(&mut self) {
+        // SAFETY: By the type invariant, the memory was allocated with that length.
+        unsafe { bindings::free_pages_exact(self.memory.as_ptr().cast(), self.len) };
+    }
+}
+
+/// Device-writable memory of any length, for a response.
+///
+/// It consists of whole pages that nothing else is in. What the device wrote is copied before it is
+/// looked at, so that it cannot change any more.
+///
+/// # Examples
+///
+/// ```
+/// use kernel::virtio::queue::ResponseBuf;
+///
+/// let buf = ResponseBuf::new(1056)?;
+///
+/// assert_eq!(buf.capacity(), 1056);
+/// assert!(ResponseBuf::new(0).is_err());
+/// # Ok::<(), Error>(())
+/// ```
+pub struct ResponseBuf {
+    shared: DmaPages,
+    copy: KVVec<u8>,
+    written: usize,
+}
+
+impl ResponseBuf {
+    /// Allocates room for `len` bytes. Process context.
+    ///
+    /// Errors: [`EINVAL`] if `len` is zero or more than 32 bits hold, [`ENOMEM`].
+    pub fn new(len: usize) -> Result<Self> {
+        if u32::try_from(len).is_err() {
+            return Err(EINVAL);
+        }
+
+        Ok(Self {
+            shared: DmaPages::new(len)?,
+            copy: KVVec::zeroed(len, GFP_KERNEL)?,
+            written: 0,
+        })
+    }
+
+    /// Returns how many bytes the device may write.
+    pub fn capacity(&self) -> usize {
+        self.copy.len()
+    }
+
+    /// Returns what the device wrote.
+    pub(super) fn as_slice(&self) -> &[u8] {
+        self.copy.get(..self.written).unwrap_or(&[])
+    }
+
+    pub(super) fn shared(&self) -> Result<*mut u8> {
+        self.shared.as_ptr(0, self.capacity())
+    }
+
+    /// Copies what the device wrote.
+    pub(super) fn complete(&mut self, written: usize) -> Result {
+        let copy = self.copy.get_mut(..written).ok_or(EPROTO)?;
+
+        self.shared.read(0, copy)?;
+        self.written = written;
+        Ok(())
+    }
+}
+
+/// The largest piece of memory that a bounce buffer of the DMA API is sure to hold, in bytes.
+const PIECE_MAX: usize = 128 * 1024;
+
+/// Device-readable memory of any length, which follows a request.
+///
+/// # Examples
+///
+/// ```
+/// use kernel::virtio::queue::Payload;
+///
+/// let mut data = KVVec::new();
+///
+/// assert!(Payload::new(KVVec::new()).is_err());
+/// data.extend_with(100, 0xaa, GFP_KERNEL)?;
+/// assert_eq!(Payload::new(data)?.pieces(), 1);
+///
+/// // What is not contiguous comes in pieces.
+/// let large = Payload::new(KVVec::zeroed(1 << 20, GFP_KERNEL)?)?;
+/// assert!(large.pieces() >= 8);
+/// # Ok::<(), Error>(())
+/// ```
+///
+/// # Invariants
+///
+/// `table` was initialised by one of the `sg_alloc_table()` family, and its entries refer to the
+/// elements of `_data`, each byte once and in order.
+pub struct Payload {
+    table: Opaque<bindings::sg_table>,
+    _data: KVVec<u8>,
+}
+
+// SAFETY: A table and what it refers to can be used and freed from any thread, one at a time.
+unsafe impl Send for Payload {}
+
+// SAFETY: A shared reference only allows to read the table.
+unsafe impl Sync for Payload {}
+
+impl Payload {
+    /// Prepares `data` for the device. Process context.
+    ///
+    /// Errors: [`EINVAL`] if there is none, [`ENOMEM`].
+    pub fn new(data: KVVec<u8>) -> Result<Self> {
+        if data.is_empty() {
+            return Err(EINVAL);
+        }
+
+        let table = Opaque::zeroed();
+
+        // SAFETY: `data` has a valid address.
+        if unsafe { bindings::is_vmalloc_addr(data.as_ptr().cast()) } {
+            Self::scatter(&table, &data)?;
+        } else {
+            Self::split(&table, &data)?;
+        }
+
+        // INVARIANT: The table was just set up. Moving `data` does not move its elements.
+        Ok(Self { table, _data: data })
+    }
+
+    /// Sets up `table` for memory in the linear map.
+    fn split(table: &Opaque<bindings::sg_table>, data: &[u8]) -> Result {
+        let pieces = u32::try_from(data.len().div_ceil(PIECE_MAX))?;
+
+        // SAFETY: `table` is valid for writes.
+        to_result(unsafe { bindings::sg_alloc_table(table.get(), pieces, GFP_KERNEL.as_raw()) })?;
+
+        // SAFETY: The table was just allocated.
+        let mut sg = unsafe { (*table.get()).sgl };
+
+        for piece in data.chunks(PIECE_MAX) {
+            // SAFETY: The table has as many entries as there are pieces, so `sg` is one of them.
+            // `piece` is in the linear map, and its length fits.
+            unsafe {
+                bindings::sg_set_buf(sg, piece.as_ptr().cast(), piece.len() as c_uint);
+                sg = bindings::sg_next(sg);
+            }
+        }
+        Ok(())
+    }
+
+    /// Sets up `table` for memory that is contiguous in virtual addresses only.
+    fn scatter(table: &Opaque<bindings::sg_table>, data: &[u8]) -> Result {
+        let count = data.len().div_ceil(PAGE_SIZE);
+        let mut pages = KVVec::with_capacity(count, GFP_KERNEL)?;
+
+        for page in data.chunks(PAGE_SIZE) {
+            // SAFETY: `page` is in memory that `vmalloc()` allocated.
+            let page = unsafe { bindings::vmalloc_to_page(page.as_ptr().cast()) };
+
+            pages.push(page, GFP_KERNEL)?;
+        }
+
+        // SAFETY: `table` is valid for writes. `pages` has `count` valid pages, which the data
+        // begins at the start of and ends in the last of.
+        to_result(unsafe {
+            bindings::sg_alloc_table_from_pages_segment(
+                table.get(),
+                pages.as_mut_ptr(),
+                u32::try_from(count)?,
+                0,
+                data.len(),
+                PIECE_MAX as c_uint,
+                GFP_KERNEL.as_raw(),
+            )
+        })
+    }
+
+    /// Returns how many descriptors it takes.
+    pub fn pieces(&self) -> usize {
+        // SAFETY: By the type invariant, the table is initialised.
+        unsafe { (*self.table.get()).orig_nents as usize }
+    }
+
+    pub(super) fn sgl(&self) -> *mut bindings::scatterlist {
+        // SAFETY: By the type invariant, the table is initialised.
+        unsafe { (*self.table.get()).sgl }
+    }
+}
+
+impl Drop for Payload {
+    fn drop(&mut self) {
+        // SAFETY: By the type invariant, the table is initialised.
+        unsafe { bindings::sg_free_table(self.table.get()) };
+    }
+}

@@ -1,0 +1,914 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Virtqueues that own what the device has been given.
+//!
+//! All the virtqueues of a device are one object, [`Virtqueues`]. It exists before they are found,
+//! and after they are gone; in between it is *connected*. For every buffer in a queue it keeps the
+//! memory that the device may access, and a token of the driver's. Both stay there until the device
+//! has given the buffer back, see [`Guard::get`], or cannot give it back any more, see
+//! [`Virtqueues::stop`].
+//!
+//! What the device says is not trusted: it cannot make this module hand out a buffer twice, look at
+//! memory that the device did not get, or believe in an answer that is longer than its buffer.
+
+use super::{
+    buffer::DmaPages,
+    Device, //
+};
+use crate::{
+    alloc::flags::__GFP_NOWARN,
+    bindings,
+    container_of,
+    device::Bound,
+    error::to_result,
+    new_mutex,
+    new_spinlock_irq,
+    prelude::*,
+    sync::{
+        aref::ARef,
+        atomic::{
+            Acquire,
+            Atomic,
+            Full,
+            Release, //
+        },
+        lock::{
+            mutex::MutexGuard,
+            spinlock::SpinLockIrqGuard, //
+        },
+        rcu,
+        Arc,
+        ArcBorrow,
+        CondVar,
+        CondVarTimeoutResult,
+        Mutex,
+        SpinLockIrq, //
+    },
+    time::Jiffies,
+    types::{
+        Opaque,
+        ScopeGuard, //
+    },
+    workqueue::{
+        HasWork,
+        Work,
+        WorkItem, //
+    }, //
+};
+use core::{
+    array,
+    ops::Deref,
+    ptr::{
+        self,
+        NonNull, //
+    }, //
+};
+
+pub use super::buffer::{
+    Payload,
+    ResponseBuf, //
+};
+
+/// The length of the longest request that [`Guard::add`] takes, in bytes.
+pub const REQUEST_MAX: usize = 104;
+
+/// The length of the longest response that needs no [`ResponseBuf`], in bytes.
+pub const RESPONSE_INLINE: usize = 40;
+
+/// How far apart requests are in memory that is shared with the device.
+const REQUEST_STRIDE: usize = 128;
+
+/// How far apart inline responses are in memory that is shared with the device.
+const RESPONSE_STRIDE: usize = 64;
+
+/// What a driver does with its virtqueues.
+///
+/// An instance is part of its [`Virtqueues`], where [`Virtqueues::handler`] finds it.
+///
+/// If it contains a [`Work`] for the [`Virtqueues`], and implements [`HasWork`] and [`WorkItem`]
+/// for it, an [`Arc`] of the [`Virtqueues`] can be enqueued as a work item, and
+/// [`Handler::interrupt`] can do so.
+pub trait Handler<const N: usize>: Send + Sync + Sized + 'static {
+    /// What the driver wants to know again when a buffer comes back.
+    type Token: Send + 'static;
+
+    /// What the lock of a queue protects beside the queue.
+    type State: Send + Unpin + 'static;
+
+    /// The device has given back buffers of the queue `index`, or there is something wrong with it.
+    ///
+    /// Called in interrupt context, only while the queues are being connected, are connected or are
+    /// being disconnected, and for different queues at the same time.
+    fn interrupt(queues: ArcBorrow<'_, Virtqueues<Self, N>>, index: usize);
+}
+
+/// What the device may write to, see [`Guard::add`].
+pub enum Response {
+    /// So many bytes, which [`RESPONSE_INLINE`] is the most of.
+    Inline(usize),
+    /// Any number of bytes.
+    Pages(ResponseBuf),
+    /// Nothing.
+    None,
+}
+
+impl Response {
+    fn capacity(&self) -> usize {
+        match self {
+            Response::Inline(len) => *len,
+            Response::Pages(buf) => buf.capacity(),
+            Response::None => 0,
+        }
+    }
+}
+
+/// What the device wrote, out of its reach.
+pub struct Answer(AnswerBytes);
+
+enum AnswerBytes {
+    Inline([u8; RESPONSE_INLINE], usize),
+    Pages(ResponseBuf),
+}
+
+impl Answer {
+    /// Returns the bytes that the device says it has written.
+    pub fn as_slice(&self) -> &[u8] {
+        match &self.0 {
+            AnswerBytes::Inline(bytes, written) => bytes.get(..*written).unwrap_or(&[]),
+            AnswerBytes::Pages(buf) => buf.as_slice(),
+        }
+    }
+}
+
+/// A buffer that the device has given back, see [`Guard::get`].
+pub struct Completed<T> {
+    /// The driver's token.
+    pub token: T,
+    /// The device-readable memory that came with the request. Where it is large, it should not be
+    /// dropped with a lock held.
+    pub payload: Option<Payload>,
+    /// What the device wrote, or [`EPROTO`] if it claims to have written more than it could.
+    pub answer: Result<Answer>,
+}
+
+/// Why [`Guard::add`] failed, and all that it was given.
+pub struct AddError<T> {
+    /// The reason.
+    pub error: Error,
+    /// The driver's token.
+    pub token: T,
+    /// The device-readable memory.
+    pub payload: Option<Payload>,
+    /// The device-writable memory.
+    pub response: Response,
+}
+
+impl<T> AddError<T> {
+    /// Returns whether the request may fit in later, when other buffers have come back.
+    pub fn is_full(&self) -> bool {
+        self.error == ENOSPC
+    }
+}
+
+/// A buffer in the hands of the device.
+struct InFlight<T> {
+    token: T,
+    payload: Option<Payload>,
+    response: Response,
+}
+
+/// A virtqueue that is connected to the device.
+///
+/// # Invariants
+///
+/// - `vq` is a valid virtqueue, which has not been deleted. It is only used by whoever has access
+///   to this structure, apart from `virtqueue_notify()` and the interrupt handler.
+/// - `slots` has as many elements as the ring, and `requests` and `responses` have room for as many
+///   of each.
+/// - `free` has the index of every element of `slots` that is [`None`], and room for all.
+/// - The buffers in the virtqueue are those in `slots`; what the virtqueue knows as `data` is one
+///   more than the index of the slot.
+struct Ring<T> {
+    vq: NonNull<bindings::virtqueue>,
+    indirect: bool,
+    slots: KVVec<Option<InFlight<T>>>,
+    free: KVVec<usize>,
+    requests: DmaPages,
+    responses: DmaPages,
+}
+
+// SAFETY: A virtqueue can be used from any thread, one at a time, and everything else is owned.
+unsafe impl<T: Send> Send for Ring<T> {}
+
+impl<T> Ring<T> {
+    /// # Safety
+    ///
+    /// `vq` must be a valid virtqueue without buffers, which nobody else uses, apart from
+    /// `virtqueue_notify()` and the interrupt handler. It must not be deleted while this structure
+    /// exists, and its device must not access what was added when this structure is dropped.
+    unsafe fn new(vq: NonNull<bindings::virtqueue>, indirect: bool) -> Result<Self> {
+        // SAFETY: By the safety requirements, `vq` is a valid virtqueue.
+        let size = unsafe { bindings::virtqueue_get_vring_size(vq.as_ptr()) } as usize;
+        let mut slots = KVVec::with_capacity(size, GFP_KERNEL)?;
+        let mut free = KVVec::with_capacity(size, GFP_KERNEL)?;
+
+        for slot in (0..size).rev() {
+            slots.push(None, GFP_KERNEL)?;
+            free.push(slot, GFP_KERNEL)?;
+        }
+
+        // INVARIANT: There are no buffers yet, and as many free slots as the ring has descriptors.
+        Ok(Self {
+            vq,
+            indirect,
+            slots,
+            free,
+            requests: DmaPages::new(size * REQUEST_STRIDE)?,
+            responses: DmaPages::new(size * RESPONSE_STRIDE)?,
+        })
+    }
+
+    /// Checks whether there is room for so many pieces of memory.
+    fn check_room(&self, pieces: usize) -> Result {
+        // A chain that is longer than the ring is forbidden, in an indirect table too.
+        if pieces > self.slots.len() {
+            return Err(E2BIG);
+        }
+
+        // SAFETY: By the type invariant, `vq` is a valid virtqueue.
+        let free = unsafe { (*self.vq.as_ptr()).num_free } as usize;
+
+        // Every slot in use takes a descriptor at least.
+        if free < if self.indirect { 1 } else { pieces } {
+            return Err(ENOSPC);
+        }
+        Ok(())
+    }
+
+    /// Adds a buffer, and returns its slot.
+    fn add(
+        &mut self,
+        request: &[u8],
+        payload: Option<&Payload>,
+        response: &Response,
+    ) -> Result<usize> {
+        let capacity = response.capacity();
+
+        if request.is_empty() || request.len() > REQUEST_MAX {
+            return Err(EINVAL);
+        }
+        if matches!(response, Response::Inline(len) if *len == 0 || *len > RESPONSE_INLINE) {
+            return Err(EINVAL);
+        }
+        self.check_room(
+            1 + payload.map_or(0, Payload::pieces) + usize::from(!matches!(response, Response::None)),
+        )?;
+
+        let slot = *self.free.last().ok_or(ENOSPC)?;
+
+        // An answer that is not written must not look like the one before it.
+        self.responses
+            .write(slot * RESPONSE_STRIDE, &[0; RESPONSE_INLINE])?;
+        self.requests.write(slot * REQUEST_STRIDE, request)?;
+
+        let request_sg = Opaque::<bindings::scatterlist>::uninit();
+        let response_sg = Opaque::<bindings::scatterlist>::uninit();
+        let mut sgs = [ptr::null_mut(); 3];
+        let mut out = 1;
+
+        sgs[0] = request_sg.get();
+        // SAFETY: `request_sg` is valid for writes. The memory is in the linear map, as long as the
+        // stride, and lives until the device cannot access it any more.
+        unsafe {
+            bindings::sg_init_one(
+                request_sg.get(),
+                self.requests
+                    .as_ptr(slot * REQUEST_STRIDE, REQUEST_STRIDE)?
+                    .cast(),
+                request.len() as c_uint,
+            )
+        };
+        if let Some(payload) = payload {
+            sgs[out] = payload.sgl();
+            out += 1;
+        }
+
+        let (memory, ins) = match response {
+            Response::Inline(_) => {
+                let offset = slot * RESPONSE_STRIDE;
+
+                (self.responses.as_ptr(offset, RESPONSE_STRIDE)?, 1)
+            }
+            Response::Pages(buf) => (buf.shared()?, 1),
+            Response::None => (ptr::null_mut(), 0),
+        };
+
+        if ins == 1 {
+            sgs[out] = response_sg.get();
+            // SAFETY: `response_sg` is valid for writes. The memory is in the linear map, has room
+            // for `capacity` bytes, and lives until the device cannot access it any more.
+            unsafe {
+                bindings::sg_init_one(response_sg.get(), memory.cast(), capacity as c_uint)
+            };
+        }
+
+        // SAFETY: By the type invariant, `vq` is a valid virtqueue and nobody else uses it.
+        // `sgs` has `out` lists of device-readable memory followed by `ins` lists of
+        // device-writable memory. The lists are only used for the duration of the call. The memory
+        // belongs to this slot, to which the caller gives `payload` and `response`. `data` is not
+        // null.
+        let ret = unsafe {
+            bindings::virtqueue_add_sgs(
+                self.vq.as_ptr(),
+                sgs.as_mut_ptr(),
+                out as c_uint,
+                ins,
+                ptr::without_provenance_mut(slot + 1),
+                (GFP_ATOMIC | __GFP_NOWARN).as_raw(),
+            )
+        };
+
+        match to_result(ret) {
+            Ok(()) => {
+                self.free.pop();
+                Ok(slot)
+            }
+            // There was room, but no memory for an indirect table.
+            Err(e) if e == ENOSPC => Err(ENOMEM),
+            Err(e) => Err(e),
+        }
+    }
+
+    /// Takes a buffer that the device has given back.
+    fn get(&mut self) -> Option<Result<Completed<T>>> {
+        let mut written: c_uint = 0;
+
+        // SAFETY: By the type invariant, `vq` is a valid virtqueue and nobody else uses it.
+        let data = unsafe { bindings::virtqueue_get_buf(self.vq.as_ptr(), &mut written) };
+
+        if data.is_null() {
+            return None;
+        }
+
+        let slot = data.addr() - 1;
+        let Some(in_flight) = self.slots.get_mut(slot).and_then(Option::take) else {
+            return Some(Err(EPROTO));
+        };
+
+        // `free` has room for all slots.
+        let _ = self.free.push_within_capacity(slot);
+
+        let written = written as usize;
+        let answer = if written > in_flight.response.capacity() {
+            Err(EPROTO)
+        } else {
+            match in_flight.response {
+                Response::Pages(mut buf) => buf.complete(written).map(|()| AnswerBytes::Pages(buf)),
+                Response::Inline(_) | Response::None => {
+                    let mut bytes = [0; RESPONSE_INLINE];
+
+                    self.responses
+                        .read(slot * RESPONSE_STRIDE, &mut bytes)
+                        .map(|()| AnswerBytes::Inline(bytes, written))
+                }
+            }
+        };
+
+        Some(Ok(Completed {
+            token: in_flight.token,
+            payload: in_flight.payload,
+            answer: answer.map(Answer),
+        }))
+    }
+}
+
+/// What the lock of a queue protects.
+struct Locked<T, S> {
+    ring: Option<Ring<T>>,
+    state: S,
+}
+
+#[pin_data]
+struct Queue<T, S> {
+    #[pin]
+    locked: SpinLockIrq<Locked<T, S>>,
+    /// The virtqueue while it is connected, for whoever has an RCU read lock.
+    notify: Atomic<*mut bindings::virtqueue>,
+}
+
+/// A queue of [`Virtqueues`], locked, with interrupts disabled.
+pub struct Guard<'a, T, S: Unpin>(SpinLockIrqGuard<'a, Locked<T, S>>);
+
+impl<T, S: Unpin> Guard<'_, T, S> {
+    /// Returns the driver's state.
+    pub fn state(&mut self) -> &mut S {
+        let locked: &mut Locked<T, S> = &mut self.0;
+
+        &mut locked.state
+    }
+
+    /// Releases the lock and waits for a notification of `condvar`, for `jiffies` at the most.
+    ///
+    /// Returns how much of `jiffies` is left, which is zero only on a timeout. The queue may have
+    /// been disconnected in the meantime. Process context, with no other lock of that kind held.
+    #[must_use]
+    pub fn wait(&mut self, condvar: &CondVar, jiffies: Jiffies) -> Jiffies {
+        condvar.wait_timeout(&mut self.0, jiffies)
+    }
+
+    /// Like [`Guard::wait`], but a fatal signal ends the wait with [`ERESTARTSYS`].
+    pub fn wait_killable(&mut self, condvar: &CondVar, jiffies: Jiffies) -> Result<Jiffies> {
+        match condvar.wait_killable_timeout(&mut self.0, jiffies) {
+            CondVarTimeoutResult::Timeout => Ok(0),
+            CondVarTimeoutResult::Woken { jiffies } => Ok(jiffies),
+            CondVarTimeoutResult::Signal { .. } => Err(ERESTARTSYS),
+        }
+    }
+
+    /// Returns whether there is a device at the other end.
+    pub fn connected(&self) -> bool {
+        self.0.ring.is_some()
+    }
+
+    /// Returns whether the device broke the rules of the queue, or has been removed. It gives back
+    /// nothing any more, and has to be reset.
+    pub fn is_broken(&self) -> bool {
+        self.0.ring.as_ref().is_some_and(|ring| {
+            // SAFETY: By its type invariant, `vq` is a valid virtqueue.
+            unsafe { bindings::virtqueue_is_broken(ring.vq.as_ptr()) }
+        })
+    }
+
+    /// Returns how many buffers the device has.
+    pub fn in_flight(&self) -> usize {
+        self.0
+            .ring
+            .as_ref()
+            .map_or(0, |ring| ring.slots.len() - ring.free.len())
+    }
+
+    /// Gives a buffer to the device: `request`, followed by `payload`, which the device may read,
+    /// and `response`, which it may write to.
+    ///
+    /// `request` is copied. The device learns of the buffer when it is notified, see
+    /// [`Guard::kick_prepare`]. No memory is allocated, unless the ring uses indirect descriptors.
+    ///
+    /// Errors: [`ENOSPC`] if the ring is full for now, see [`AddError::is_full`], [`E2BIG`] if it is
+    /// too small, [`ENODEV`] if the queue is not connected, [`EIO`] if it is broken, [`EINVAL`] if
+    /// `request` is empty or longer than [`REQUEST_MAX`], or an inline response is empty or longer
+    /// than [`RESPONSE_INLINE`], and [`ENOMEM`].
+    pub fn add(
+        &mut self,
+        request: &[u8],
+        payload: Option<Payload>,
+        response: Response,
+        token: T,
+    ) -> Result<(), AddError<T>> {
+        let Some(ring) = &mut self.0.ring else {
+            return Err(AddError {
+                error: ENODEV,
+                token,
+                payload,
+                response,
+            });
+        };
+
+        match ring.add(request, payload.as_ref(), &response) {
+            Ok(slot) => {
+                ring.slots[slot] = Some(InFlight {
+                    token,
+                    payload,
+                    response,
+                });
+                Ok(())
+            }
+            Err(error) => Err(AddError {
+                error,
+                token,
+                payload,
+                response,
+            }),
+        }
+    }
+
+    /// Returns whether the device has to be notified of what was added since the last call, with
+    /// [`Virtqueues::notify`].
+    #[must_use]
+    pub fn kick_prepare(&mut self) -> bool {
+        self.0.ring.as_mut().is_some_and(|ring| {
+            // SAFETY: By its type invariant, `vq` is a valid virtqueue and nobody else uses it.
+            unsafe { bindings::virtqueue_kick_prepare(ring.vq.as_ptr()) }
+        })
+    }
+
+    /// Takes a buffer that the device has given back, if there is one.
+    ///
+    /// An error, [`EPROTO`], means that the device has given back what it did not have.
+    pub fn get(&mut self) -> Option<Result<Completed<T>>> {
+        self.0.ring.as_mut()?.get()
+    }
+
+    /// Asks the device not to interrupt for this queue. It may do so anyway.
+    pub fn disable_callbacks(&mut self) {
+        if let Some(ring) = &mut self.0.ring {
+            // SAFETY: By its type invariant, `vq` is a valid virtqueue and nobody else uses it.
+            unsafe { bindings::virtqueue_disable_cb(ring.vq.as_ptr()) }
+        }
+    }
+
+    /// Asks the device to interrupt for this queue again.
+    ///
+    /// Returns `false` if there are buffers to be taken, for which there may be no interrupt.
+    #[must_use]
+    pub fn enable_callbacks(&mut self) -> bool {
+        self.0.ring.as_mut().is_none_or(|ring| {
+            // SAFETY: By its type invariant, `vq` is a valid virtqueue and nobody else uses it.
+            unsafe { bindings::virtqueue_enable_cb(ring.vq.as_ptr()) }
+        })
+    }
+}
+
+/// The part of [`Virtqueues`] that does not depend on the driver, by which the bus abstraction finds
+/// them.
+pub(super) struct Link {
+    stop: unsafe fn(NonNull<Link>, &Device<Bound>, rcu::Guard),
+}
+
+impl Link {
+    /// Stops the [`Virtqueues`] that `this` is part of, and drops their tokens.
+    ///
+    /// # Safety
+    ///
+    /// `this` must have been read from [`Device::link`] of `dev` under the RCU read lock that
+    /// `guard` stands for.
+    pub(super) unsafe fn stop(this: NonNull<Link>, dev: &Device<Bound>, guard: rcu::Guard) {
+        // SAFETY: By the safety requirements, and the type invariants of `Device`, `this` is valid
+        // as long as `guard` exists. The requirements of the function are those of this one.
+        unsafe { ((*this.as_ptr()).stop)(this, dev, guard) }
+    }
+}
+
+/// The virtqueues of a device.
+#[pin_data]
+#[repr(C)]
+pub struct Virtqueues<H: Handler<N>, const N: usize> {
+    // First, so that a pointer to it is a pointer to the whole.
+    link: Link,
+    names: [&'static CStr; N],
+    /// The device that the queues are connected to.
+    #[pin]
+    device: Mutex<Option<ARef<Device>>>,
+    #[pin]
+    queues: [Queue<H::Token, H::State>; N],
+    #[pin]
+    handler: H,
+}
+
+impl<H: Handler<N>, const N: usize> Virtqueues<H, N> {
+    /// Creates virtqueues that are not connected to a device yet.
+    ///
+    /// `names` are for humans to tell the queues apart, and `states` is what the driver keeps under
+    /// the lock of each of them.
+    pub fn new<E>(
+        names: [&'static CStr; N],
+        states: [H::State; N],
+        handler: impl PinInit<H, E>,
+    ) -> Result<Arc<Self>>
+    where
+        Error: From<E>,
+    {
+        let mut states = states.into_iter();
+
+        Arc::pin_init::<Error>(
+            try_pin_init!(Self {
+                link: Link {
+                    stop: Self::stop_linked,
+                },
+                names,
+                device <- new_mutex!(None),
+                queues <- pin_init::pin_init_array_from_fn(move |_| Queue::new(states.next())),
+                handler <- handler,
+            }? Error),
+            GFP_KERNEL,
+        )
+    }
+
+    /// Returns the driver's part.
+    pub fn handler(&self) -> &H {
+        &self.handler
+    }
+
+    /// Returns the device that the queues are connected to.
+    ///
+    /// As long as the result exists, they stay connected and the device stays bound:
+    /// [`Virtqueues::stop`] waits for it, so it must not be called with it, and whatever
+    /// [`Virtqueues::stop`] is called after must not need it. Process context.
+    pub fn device(&self) -> Option<ConnectedDevice<'_>> {
+        let device = self.device.lock();
+
+        // INVARIANT: There is one. A device is only unbound after `Virtqueues::stop` has taken the
+        // lock, see `Device::quiesce()`.
+        device.is_some().then_some(ConnectedDevice(device))
+    }
+
+    /// Finds the virtqueues of `dev`, and connects them.
+    ///
+    /// To be called on a device that has been reset and has agreed on its features, which is what
+    /// [`Driver::probe`](super::Driver::probe) and [`Driver::restore`](super::Driver::restore) are
+    /// given. Process context.
+    ///
+    /// Errors: [`EBUSY`] if these queues or that device are connected already, or the device is
+    /// being unbound, [`ENOMEM`], and those of the transport.
+    pub fn find(self: &Arc<Self>, dev: &Device<Bound>) -> Result {
+        let mut device = self.device.lock();
+
+        if device.is_some() {
+            return Err(EBUSY);
+        }
+
+        let link = Arc::into_raw(self.clone()).cast_mut();
+
+        if dev
+            .link()
+            .cmpxchg(ptr::null_mut(), link.cast(), Full)
+            .is_err()
+        {
+            // SAFETY: `link` is what `Arc::into_raw()` returned above.
+            drop(unsafe { Arc::from_raw(link) });
+            return Err(EBUSY);
+        }
+        // SAFETY: The link was just set, and `device` is locked.
+        let linked = ScopeGuard::new(|| unsafe { self.unlink(dev) });
+
+        let find_vqs = dev.config().find_vqs.ok_or(ENODEV)?;
+        let mut vqs = [ptr::null_mut(); N];
+        let mut infos = self.names.map(|name| bindings::virtqueue_info {
+            name: name.as_char_ptr(),
+            callback: Some(Self::interrupt),
+            ctx: false,
+        });
+
+        // SAFETY: `dev` is a valid device whose driver has no other queues: it had no link, and a
+        // link is set before queues are found and removed after they were deleted. `vqs` and
+        // `infos` have `N` elements. The names are `'static`, and so is the callback, which finds
+        // the link.
+        to_result(unsafe {
+            find_vqs(
+                dev.as_raw(),
+                N as c_uint,
+                vqs.as_mut_ptr(),
+                infos.as_mut_ptr(),
+                ptr::null_mut(),
+            )
+        })?;
+        let found = ScopeGuard::new(|| {
+            // SAFETY: `dev` is a valid device, and nobody uses its queues.
+            unsafe { bindings::virtio_reset_device(dev.as_raw()) };
+            // SAFETY: The queues were just found, nobody uses them, and nothing was added.
+            unsafe { Self::delete(dev) };
+        });
+
+        let indirect = dev.has_feature(bindings::VIRTIO_RING_F_INDIRECT_DESC);
+        let mut rings = [const { None }; N];
+
+        for (ring, vq) in rings.iter_mut().zip(vqs) {
+            let vq = NonNull::new(vq).ok_or(ENOENT)?;
+
+            // SAFETY: The queue was just found, nobody else uses it. It is deleted after the
+            // structure was taken out again, and before that is dropped: below or in `stop()`.
+            *ring = Some(unsafe { Ring::new(vq, indirect) }?);
+        }
+
+        found.dismiss();
+        linked.dismiss();
+        for ((queue, ring), vq) in self.queues.iter().zip(rings).zip(vqs) {
+            queue.locked.lock().ring = ring;
+            queue.notify.store(vq, Release);
+        }
+        *device = Some(dev.into());
+        Ok(())
+    }
+
+    /// Disconnects the queues from `dev`.
+    ///
+    /// In this order, nobody can add or get any more, no notification is under way, the device is
+    /// reset, the queues are deleted, no interrupt handler is running, and every token that the
+    /// device has not given back is passed to `reclaim`, along with the index of its queue. No lock
+    /// is held then.
+    ///
+    /// Does nothing if they are not connected to `dev`. If somebody else is in the middle of it,
+    /// waits until the queues are deleted, but not for the other's `reclaim`. Process context.
+    pub fn stop(&self, dev: &Device<Bound>, mut reclaim: impl FnMut(usize, H::Token)) {
+        let mut device = self.device.lock();
+
+        if !device
+            .as_ref()
+            .is_some_and(|device| device.as_raw() == dev.as_raw())
+        {
+            return;
+        }
+
+        let mut rings = array::from_fn::<_, N, _>(|index| {
+            let queue = &self.queues[index];
+
+            queue.notify.store(ptr::null_mut(), Release);
+            queue.locked.lock().ring.take()
+        });
+
+        // From now on, nobody notifies a queue.
+        rcu::synchronize_rcu();
+
+        // SAFETY: `dev` is a valid device, and nobody uses its queues.
+        unsafe { bindings::virtio_reset_device(dev.as_raw()) };
+
+        // The device does not access memory any more. What it was given is unmapped here.
+        for ring in rings.iter().flatten() {
+            // SAFETY: By the type invariant, `vq` is a valid virtqueue. Nobody else uses it, and
+            // its device has been reset.
+            while !unsafe { bindings::virtqueue_detach_unused_buf(ring.vq.as_ptr()) }.is_null() {}
+        }
+
+        // SAFETY: The queues were found, are not used any more, and there are no buffers in them.
+        unsafe { Self::delete(dev) };
+        // SAFETY: The device was linked, `device` is locked, and the queues were deleted.
+        unsafe { self.unlink(dev) };
+        *device = None;
+        drop(device);
+
+        for (index, ring) in rings.iter_mut().enumerate() {
+            let Some(ring) = ring else { continue };
+
+            for in_flight in ring.slots.iter_mut().filter_map(Option::take) {
+                reclaim(index, in_flight.token);
+            }
+        }
+    }
+
+    /// Locks the queue `index`, with interrupts disabled. Any context.
+    ///
+    /// # Panics
+    ///
+    /// If there is no such queue.
+    pub fn lock(&self, index: usize) -> Guard<'_, H::Token, H::State> {
+        Guard(self.queues[index].locked.lock())
+    }
+
+    /// Notifies the device of what is in the queue `index`, if it is connected.
+    ///
+    /// Without the lock held: this may take as long as an exit to the hypervisor. Any context.
+    ///
+    /// # Panics
+    ///
+    /// If there is no such queue.
+    pub fn notify(&self, index: usize) {
+        let _guard = rcu::read_lock();
+        let vq = self.queues[index].notify.load(Acquire);
+
+        if !vq.is_null() {
+            // SAFETY: `vq` was a valid virtqueue after the RCU read lock was taken, and `stop()`
+            // waits for that to be released before it resets the device and deletes the queue.
+            unsafe { bindings::virtqueue_notify(vq) };
+        }
+    }
+
+    /// Deletes the virtqueues of `dev`.
+    ///
+    /// # Safety
+    ///
+    /// They must have been found, and not been deleted since. The device must have been reset,
+    /// nobody may use the queues, and there must be no buffers in them.
+    unsafe fn delete(dev: &Device<Bound>) {
+        if let Some(del_vqs) = dev.config().del_vqs {
+            // SAFETY: By the safety requirements.
+            unsafe { del_vqs(dev.as_raw()) };
+        }
+    }
+
+    /// Removes the link from `dev` to this object.
+    ///
+    /// # Safety
+    ///
+    /// It must be there, `self.device` must be locked, and there must be no virtqueues.
+    unsafe fn unlink(&self, dev: &Device<Bound>) {
+        dev.link().store(ptr::null_mut(), Release);
+
+        // `Device::quiesce()` may just have found the link.
+        rcu::synchronize_rcu();
+
+        // SAFETY: The link owned a reference, from `Arc::into_raw()` in `find()`.
+        drop(unsafe { Arc::from_raw(self) });
+    }
+
+    /// Implementation of [`Link::stop`].
+    ///
+    /// # Safety
+    ///
+    /// The requirements of [`Link::stop`]; `link` must be part of an object of this type.
+    unsafe fn stop_linked(link: NonNull<Link>, dev: &Device<Bound>, guard: rcu::Guard) {
+        // CAST: The link is the first field of a `repr(C)` structure.
+        let this = link.as_ptr().cast::<Self>();
+
+        // SAFETY: The pointer is from `Arc::into_raw()` in `find()`. The reference that it stands
+        // for is not dropped before `unlink()` has waited for `guard`.
+        let this: Arc<Self> = unsafe { ArcBorrow::from_raw(this) }.into();
+
+        drop(guard);
+        this.stop(dev, |_, token| drop(token));
+    }
+
+    /// The callback of every virtqueue.
+    extern "C" fn interrupt(vq: *mut bindings::virtqueue) {
+        // SAFETY: The virtio core calls this with a valid virtqueue.
+        let (vdev, index) = unsafe { ((*vq).vdev, (*vq).index as usize) };
+        // SAFETY: A virtqueue belongs to a valid device, and this one was found by `find()`, so
+        // that device is bound.
+        let dev = unsafe { &*vdev.cast::<Device<Bound>>() };
+        let this = dev.link().load(Acquire).cast::<Self>();
+
+        // SAFETY: `find()` sets the link before it finds virtqueues with this callback, and it is
+        // removed after they were deleted, upon which they call back no more. It owns a reference
+        // and is the pointer from `Arc::into_raw()`.
+        let this = unsafe { ArcBorrow::from_raw(this) };
+
+        // The transport has numbered them in the order of their names.
+        if index < N {
+            H::interrupt(this, index);
+        }
+    }
+}
+
+impl<T, S> Queue<T, S> {
+    fn new(state: Option<S>) -> impl PinInit<Self, Error> {
+        try_pin_init!(Self {
+            locked <- new_spinlock_irq!(
+                Locked {
+                    ring: None,
+                    state: state.ok_or(EINVAL)?,
+                },
+                "virtio::Virtqueues::queues"
+            ),
+            notify: Atomic::new(ptr::null_mut()),
+        }? Error)
+    }
+}
+
+// SAFETY:
+//
+// - `raw_get_work` and `work_container_of` return valid pointers by relying on the implementation
+//   of `H`, which is stored inline in `Virtqueues`, so that the `container_of` call is valid.
+//
+// - They are true inverses of each other, since those of `H` are, and so are taking the address of
+//   the field and `container_of`.
+unsafe impl<H, const N: usize, const ID: u64> HasWork<Self, ID> for Virtqueues<H, N>
+where
+    H: Handler<N> + HasWork<Self, ID>,
+{
+    unsafe fn raw_get_work(ptr: *mut Self) -> *mut Work<Self, ID> {
+        // SAFETY: The caller promises that `ptr` points to a valid `Self`.
+        let handler = unsafe { &raw mut (*ptr).handler };
+
+        // SAFETY: `handler` is a valid pointer.
+        unsafe { H::raw_get_work(handler) }
+    }
+
+    unsafe fn work_container_of(ptr: *mut Work<Self, ID>) -> *mut Self {
+        // SAFETY: The caller promises that `ptr` points to a `Work` in an `H`.
+        let handler = unsafe { H::work_container_of(ptr) };
+
+        // SAFETY: That `H` is the `handler` of a `Self`.
+        unsafe { container_of!(handler, Self, handler) }
+    }
+}
+
+impl<H, const N: usize, const ID: u64> WorkItem<ID> for Virtqueues<H, N>
+where
+    H: Handler<N> + HasWork<Self, ID> + WorkItem<ID, Pointer = Arc<Self>>,
+{
+    type Pointer = Arc<Self>;
+
+    fn run(this: Arc<Self>) {
+        H::run(this);
+    }
+}
+
+/// See [`Virtqueues::device`].
+///
+/// # Invariants
+///
+/// There is a device, and it is bound.
+pub struct ConnectedDevice<'a>(MutexGuard<'a, Option<ARef<Device>>>);
+
+impl Deref for ConnectedDevice<'_> {
+    type Target = Device<Bound>;
+
+    fn deref(&self) -> &Self::Target {
+        let dev: *const Device = match &*self.0 {
+            Some(dev) => &raw const **dev,
+            // By the type invariant, there is one.
+            None => ptr::null(),
+        };
+
+        // SAFETY: By the type invariant, `dev` is valid and bound for as long as `self` exists.
+        unsafe { &*dev.cast() }
+    }
+}
