@@ -79,7 +79,9 @@ impl<'a> Entries<'a> {
 
     /// The entries, in order.
     pub fn iter(&self) -> impl Iterator<Item = MemEntry> + 'a {
-        self.0.chunks_exact(MemEntry::SIZE).filter_map(MemEntry::get)
+        self.0
+            .chunks_exact(MemEntry::SIZE)
+            .filter_map(MemEntry::get)
     }
 
     /// The number of entries.
@@ -131,13 +133,22 @@ impl<'a> Request<'a> {
     /// Decodes a command, and says what is wrong with it although it could be decoded.
     pub fn decode(bytes: &'a [u8]) -> Result<(Self, Findings), DecodeError> {
         let (kind, header, clean) = Header::get(bytes).ok_or(DecodeError::NoHeader)?;
-        let mut findings = Findings { padding: !clean, ..Findings::default() };
+        let mut findings = Findings {
+            padding: !clean,
+            ..Findings::default()
+        };
         findings.flags = header.flags & !(FLAG_FENCE | FLAG_INFO_RING_IDX) != 0;
 
         let size = Command::size(kind).ok_or(DecodeError::UnknownType { kind, header })?;
-        let too_short = |needed| DecodeError::TooShort { kind, header, needed };
-        let (command, clean) =
-            bytes.get(HEADER_SIZE..).and_then(|body| Command::get(kind, body)).ok_or(too_short(size as u64))?;
+        let too_short = |needed| DecodeError::TooShort {
+            kind,
+            header,
+            needed,
+        };
+        let (command, clean) = bytes
+            .get(HEADER_SIZE..)
+            .and_then(|body| Command::get(kind, body))
+            .ok_or(too_short(size as u64))?;
         findings.padding |= !clean || command.has_dirty_padding();
 
         let rest = &bytes[size..];
@@ -156,7 +167,14 @@ impl<'a> Request<'a> {
             Command::Submit3d { .. } => Tail::Data(used),
             _ => Tail::None,
         };
-        Ok((Request { header, command, tail }, findings))
+        Ok((
+            Request {
+                header,
+                command,
+                tail,
+            },
+            findings,
+        ))
     }
 
     /// Gives the bytes of the command to `put`, in order. Padding is zero.
@@ -536,18 +554,25 @@ impl Command {
 
     /// The type of the command with this name, in any case.
     pub fn kind_of(name: &str) -> Option<u32> {
-        Self::ALL.iter().find(|(_, text)| text.eq_ignore_ascii_case(name)).map(|&(kind, _)| kind)
+        Self::ALL
+            .iter()
+            .find(|(_, text)| text.eq_ignore_ascii_case(name))
+            .map(|&(kind, _)| kind)
     }
 
     /// Whether the command belongs on the cursor queue.
     pub fn is_cursor(&self) -> bool {
-        matches!(self, Command::UpdateCursor { .. } | Command::MoveCursor { .. })
+        matches!(
+            self,
+            Command::UpdateCursor { .. } | Command::MoveCursor { .. }
+        )
     }
 
     /// The number of bytes that follow the structure.
     pub fn tail_size(&self) -> u64 {
         match *self {
-            Command::ResourceAttachBacking { nr_entries, .. } | Command::ResourceCreateBlob { nr_entries, .. } => {
+            Command::ResourceAttachBacking { nr_entries, .. }
+            | Command::ResourceCreateBlob { nr_entries, .. } => {
                 u64::from(nr_entries) * MemEntry::SIZE as u64
             }
             Command::Submit3d { size } => size.into(),

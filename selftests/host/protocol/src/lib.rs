@@ -32,7 +32,10 @@ mod command;
 mod response;
 mod wire;
 
-pub use command::{Command, DecodeError, Entries, Header, Numbers, Request, Tail, FLAG_FENCE, FLAG_INFO_RING_IDX, HEADER_SIZE};
+pub use command::{
+    Command, DecodeError, Entries, Header, Numbers, Request, Tail, FLAG_FENCE, FLAG_INFO_RING_IDX,
+    HEADER_SIZE,
+};
 pub use response::{Response, ResponseType};
 pub use wire::{Config, Cuboid, DisplayOne, MemEntry, Rect, Wire};
 
@@ -152,7 +155,10 @@ impl Format {
 
     /// Whether there is an alpha channel.
     pub fn has_alpha(self) -> bool {
-        matches!(self, Format::B8G8R8A8 | Format::A8R8G8B8 | Format::R8G8B8A8 | Format::A8B8G8R8)
+        matches!(
+            self,
+            Format::B8G8R8A8 | Format::A8R8G8B8 | Format::R8G8B8A8 | Format::A8B8G8R8
+        )
     }
 
     /// The pixel as red, green, blue, alpha. Alpha is 255 for a format without it.

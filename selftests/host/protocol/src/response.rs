@@ -123,7 +123,11 @@ impl<'a> Response<'a> {
         match self {
             Response::NoData | Response::Error(_) => {}
             Response::DisplayInfo(displays) => displays.put(put),
-            Response::CapsetInfo { id, max_version, max_size } => [*id, *max_version, *max_size, 0].put(put),
+            Response::CapsetInfo {
+                id,
+                max_version,
+                max_size,
+            } => [*id, *max_version, *max_size, 0].put(put),
             Response::Capset(data) => put(data),
             Response::Edid(data) => {
                 let data = &data[..data.len().min(EDID_SIZE)];
@@ -147,7 +151,11 @@ impl<'a> Response<'a> {
             ResponseType::OkDisplayInfo => Response::DisplayInfo(Wire::get(body)?),
             ResponseType::OkCapsetInfo => {
                 let [id, max_version, max_size, _] = Wire::get(body)?;
-                Response::CapsetInfo { id, max_version, max_size }
+                Response::CapsetInfo {
+                    id,
+                    max_version,
+                    max_size,
+                }
             }
             ResponseType::OkCapset => Response::Capset(body),
             ResponseType::OkEdid => {

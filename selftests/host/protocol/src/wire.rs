@@ -183,6 +183,11 @@ impl Rect {
         if width == 0 || height == 0 {
             return None;
         }
-        Some(Rect { x, y, width: width as u32, height: height as u32 })
+        Some(Rect {
+            x,
+            y,
+            width: width as u32,
+            height: height as u32,
+        })
     }
 }

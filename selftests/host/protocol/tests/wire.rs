@@ -3,8 +3,8 @@
 //! Sizes, round trips and malformed input.
 
 use virtio_gpu_protocol::{
-    Command, DecodeError, DisplayOne, Entries, Format, Header, MemEntry, Rect, Request, Response, ResponseType, Tail, Wire,
-    FLAG_FENCE,
+    Command, DecodeError, DisplayOne, Entries, Format, Header, MemEntry, Rect, Request, Response,
+    ResponseType, Tail, Wire, FLAG_FENCE,
 };
 
 fn encode(request: &Request<'_>) -> Vec<u8> {
@@ -62,7 +62,12 @@ fn sizes() {
 #[test]
 fn freezing_on_the_wire() {
     let bytes = encode(&Request {
-        header: Header { flags: FLAG_FENCE, fence_id: 0x0102_0304_0506_0708, ctx_id: 0, ring_idx: 0 },
+        header: Header {
+            flags: FLAG_FENCE,
+            fence_id: 0x0102_0304_0506_0708,
+            ctx_id: 0,
+            ring_idx: 0,
+        },
         command: Command::StatusFreezing { freezing: 1 },
         tail: Tail::None,
     });
@@ -85,7 +90,11 @@ fn every_command_round_trips() {
         bytes[..4].copy_from_slice(&kind.to_le_bytes());
         // Counts of what follows would otherwise be huge.
         if matches!(name, "RESOURCE_ATTACH_BACKING" | "RESOURCE_CREATE_BLOB") {
-            let at = if name == "RESOURCE_CREATE_BLOB" { 36 } else { 28 };
+            let at = if name == "RESOURCE_CREATE_BLOB" {
+                36
+            } else {
+                28
+            };
             bytes[at..at + 4].copy_from_slice(&2u32.to_le_bytes());
             bytes.extend([0x11; 32]);
         } else if name == "SUBMIT_3D" {
@@ -105,7 +114,13 @@ fn every_command_round_trips() {
 #[test]
 fn short_and_unknown_commands() {
     assert_eq!(Request::decode(&[0; 23]), Err(DecodeError::NoHeader));
-    assert!(matches!(Request::decode(&[0xff; 24]), Err(DecodeError::UnknownType { kind: 0xffff_ffff, .. })));
+    assert!(matches!(
+        Request::decode(&[0xff; 24]),
+        Err(DecodeError::UnknownType {
+            kind: 0xffff_ffff,
+            ..
+        })
+    ));
     for &(kind, name) in Command::ALL {
         let size = Command::size(kind).unwrap();
         let mut bytes = vec![0; size];
@@ -130,7 +145,10 @@ fn counts_that_lie() {
     let attach = |nr_entries, tail: &[u8]| {
         let mut bytes = encode(&Request {
             header: Header::default(),
-            command: Command::ResourceAttachBacking { resource_id: 1, nr_entries },
+            command: Command::ResourceAttachBacking {
+                resource_id: 1,
+                nr_entries,
+            },
             tail: Tail::None,
         });
         bytes.extend_from_slice(tail);
@@ -156,7 +174,11 @@ fn counts_that_lie() {
 #[test]
 fn entries() {
     let mut bytes = Vec::new();
-    let entry = MemEntry { addr: 0x1_2345_6000, length: 0x1000, padding: 0 };
+    let entry = MemEntry {
+        addr: 0x1_2345_6000,
+        length: 0x1000,
+        padding: 0,
+    };
     entry.put(&mut |piece| bytes.extend_from_slice(piece));
     bytes.push(0);
     let entries = Entries::new(&bytes);
@@ -166,14 +188,23 @@ fn entries() {
 
 #[test]
 fn responses_round_trip() {
-    let header = Header { flags: FLAG_FENCE, fence_id: 9, ctx_id: 3, ring_idx: 1 };
+    let header = Header {
+        flags: FLAG_FENCE,
+        fence_id: 9,
+        ctx_id: 3,
+        ring_idx: 1,
+    };
     let mut displays = [DisplayOne::default(); 16];
     displays[3].r.width = 640;
     displays[3].enabled = 1;
     for response in [
         Response::NoData,
         Response::DisplayInfo(displays),
-        Response::CapsetInfo { id: 4, max_version: 1, max_size: 160 },
+        Response::CapsetInfo {
+            id: 4,
+            max_version: 1,
+            max_size: 160,
+        },
         Response::Capset(&[1, 2, 3]),
         Response::Edid(&[0xff; 128]),
         Response::Uuid([7; 16]),
@@ -185,7 +216,10 @@ fn responses_round_trip() {
         assert_eq!(bytes.len(), response.size());
         assert_eq!(Response::decode(&bytes), Some((header, response)));
         let shorter = &bytes[..bytes.len() - 1];
-        assert!(matches!(Response::decode(shorter), None | Some((_, Response::Capset(_)))));
+        assert!(matches!(
+            Response::decode(shorter),
+            None | Some((_, Response::Capset(_)))
+        ));
     }
     // An EDID that says it is longer than its place.
     let mut bytes = Vec::new();
@@ -196,13 +230,24 @@ fn responses_round_trip() {
 
 #[test]
 fn rectangles() {
-    let rect = |x, y, width, height| Rect { x, y, width, height };
+    let rect = |x, y, width, height| Rect {
+        x,
+        y,
+        width,
+        height,
+    };
     assert!(rect(10, 10, 90, 90).is_within(100, 100));
     assert!(!rect(10, 10, 91, 90).is_within(100, 100));
     assert!(!rect(u32::MAX, 0, 2, 1).is_within(u32::MAX, 1));
-    assert_eq!(rect(0, 0, 10, 10).intersect(&rect(5, 6, 10, 10)), Some(rect(5, 6, 5, 4)));
+    assert_eq!(
+        rect(0, 0, 10, 10).intersect(&rect(5, 6, 10, 10)),
+        Some(rect(5, 6, 5, 4))
+    );
     assert_eq!(rect(0, 0, 10, 10).intersect(&rect(10, 0, 1, 1)), None);
-    assert_eq!(rect(0, 0, u32::MAX, u32::MAX).intersect(&rect(u32::MAX - 1, 0, u32::MAX, 1)), Some(rect(u32::MAX - 1, 0, 1, 1)));
+    assert_eq!(
+        rect(0, 0, u32::MAX, u32::MAX).intersect(&rect(u32::MAX - 1, 0, u32::MAX, 1)),
+        Some(rect(u32::MAX - 1, 0, 1, 1))
+    );
 }
 
 #[test]
