@@ -1,0 +1,118 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Framebuffers.
+//!
+//! C header: [`include/drm/drm_framebuffer.h`](srctree/include/drm/drm_framebuffer.h)
+
+use super::Driver;
+use crate::{
+    bindings,
+    drm::{
+        self,
+        gem::IntoGEMObject, //
+    },
+    types::Opaque, //
+};
+use core::marker::PhantomData;
+
+/// A framebuffer: a picture in one or more GEM objects.
+///
+/// That the objects are large enough for the picture was checked when it was created.
+///
+/// C counterpart: `struct drm_framebuffer`.
+///
+/// # Invariants
+///
+/// The `struct drm_framebuffer` is initialized, was created by `drm_gem_fb_create_with_dirty()`,
+/// and is one of a device of driver `D`.
+#[repr(transparent)]
+pub struct Framebuffer<D: Driver>(Opaque<bindings::drm_framebuffer>, PhantomData<D>);
+
+// SAFETY: A framebuffer isn't changed after it was created.
+unsafe impl<D: Driver> Send for Framebuffer<D> {}
+
+// SAFETY: A framebuffer isn't changed after it was created.
+unsafe impl<D: Driver> Sync for Framebuffer<D> {}
+
+impl<D: Driver> Framebuffer<D> {
+    /// # Safety
+    ///
+    /// `ptr` must be `NULL`, or point to a framebuffer of a device of driver `D` that stays valid
+    /// for the duration of `'a`.
+    pub(super) unsafe fn from_raw_opt<'a>(
+        ptr: *mut bindings::drm_framebuffer,
+    ) -> Option<&'a Self> {
+        // INVARIANT: `drm_gem_fb_create_with_dirty()` is the `fb_create` callback of all drivers.
+        //
+        // SAFETY: By the safety requirements of this function. `Framebuffer` is a transparent
+        // wrapper.
+        unsafe { ptr.cast::<Self>().as_ref() }
+    }
+
+    fn raw(&self) -> *mut bindings::drm_framebuffer {
+        self.0.get()
+    }
+
+    /// Returns the device that the framebuffer belongs to.
+    ///
+    /// Only a device that was registered can have framebuffers.
+    pub fn dev(&self) -> &drm::Device<D, drm::Ioctl> {
+        // SAFETY: By the type invariants, the device is one of driver `D`. It is kept alive by the
+        // GEM objects of the framebuffer. Framebuffers are created by ioctls and in-kernel clients
+        // only, and both exist only once the device was registered.
+        unsafe { drm::Device::from_raw((*self.raw()).dev) }
+    }
+
+    /// Width, in pixels.
+    pub fn width(&self) -> u32 {
+        // SAFETY: By the type invariants.
+        unsafe { (*self.raw()).width }
+    }
+
+    /// Height, in pixels.
+    pub fn height(&self) -> u32 {
+        // SAFETY: By the type invariants.
+        unsafe { (*self.raw()).height }
+    }
+
+    /// Pixel format, as a DRM fourcc code. See [`super::fourcc`].
+    pub fn format(&self) -> u32 {
+        // SAFETY: By the type invariants; a framebuffer always has a format.
+        unsafe { (*(*self.raw()).format).format }
+    }
+
+    /// Number of memory planes: one, unless the components of a pixel lie in different places.
+    fn num_planes(&self) -> usize {
+        // SAFETY: By the type invariants; a framebuffer always has a format.
+        unsafe { (*(*self.raw()).format).num_planes }.into()
+    }
+
+    /// Bytes from one line to the next in memory plane `plane`.
+    pub fn pitch(&self, plane: usize) -> Option<u32> {
+        // SAFETY: By the type invariants.
+        let pitches = unsafe { (*self.raw()).pitches };
+        pitches[..self.num_planes()].get(plane).copied()
+    }
+
+    /// Bytes from the beginning of the object to the first pixel of memory plane `plane`.
+    pub fn offset(&self, plane: usize) -> Option<u32> {
+        // SAFETY: By the type invariants.
+        let offsets = unsafe { (*self.raw()).offsets };
+        offsets[..self.num_planes()].get(plane).copied()
+    }
+
+    /// The object that contains memory plane `plane`.
+    pub fn object(&self, plane: usize) -> Option<&D::Object> {
+        // SAFETY: By the type invariants.
+        let objects = unsafe { (*self.raw()).obj };
+        let object = *objects[..self.num_planes()].get(plane)?;
+        if object.is_null() {
+            return None;
+        }
+
+        // SAFETY: `drm_gem_fb_create_with_dirty()` looks the objects up among the handles of a
+        // file, and only objects of type `D::Object` can get a handle on a device of driver `D`.
+        // The framebuffer holds a reference to them.
+        Some(unsafe { D::Object::from_raw(object) })
+    }
+}
