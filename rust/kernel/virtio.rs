@@ -560,7 +560,8 @@ impl Device<device::Bound> {
         // SAFETY: By the type invariant `self.as_raw()` is a valid pointer to a
         // `struct virtio_device`. Every transport registers it as a child of the device that the
         // transport is bound to, and a device holds a reference to its parent.
-        let parent: &device::Device = unsafe { device::Device::from_raw((*self.as_raw()).dev.parent) };
+        let parent: &device::Device =
+            unsafe { device::Device::from_raw((*self.as_raw()).dev.parent) };
 
         // SAFETY: The transport unregisters the virtio device before it is unbound from the
         // parent. A virtio device that is bound to a driver hence has a bound parent.

@@ -261,7 +261,8 @@ impl<T> Ring<T> {
             return Err(EINVAL);
         }
         self.check_room(
-            1 + payload.map_or(0, Payload::pieces) + usize::from(!matches!(response, Response::None)),
+            1 + payload.map_or(0, Payload::pieces)
+                + usize::from(!matches!(response, Response::None)),
         )?;
 
         let slot = *self.free.last().ok_or(ENOSPC)?;
@@ -307,9 +308,7 @@ impl<T> Ring<T> {
             sgs[out] = response_sg.get();
             // SAFETY: `response_sg` is valid for writes. The memory is in the linear map, has room
             // for `capacity` bytes, and lives until the device cannot access it any more.
-            unsafe {
-                bindings::sg_init_one(response_sg.get(), memory.cast(), capacity as c_uint)
-            };
+            unsafe { bindings::sg_init_one(response_sg.get(), memory.cast(), capacity as c_uint) };
         }
 
         // SAFETY: By the type invariant, `vq` is a valid virtqueue and nobody else uses it.
@@ -549,6 +548,47 @@ impl Link {
 }
 
 /// The virtqueues of a device.
+///
+/// # Examples
+///
+/// ```
+/// use kernel::{
+///     prelude::*,
+///     sync::ArcBorrow,
+///     virtio::queue::{
+///         Handler,
+///         Response,
+///         Virtqueues, //
+///     }, //
+/// };
+///
+/// struct Driver;
+///
+/// impl Handler<1> for Driver {
+///     type Token = u32;
+///     type State = ();
+///
+///     fn interrupt(_queues: ArcBorrow<'_, Virtqueues<Self, 1>>, _index: usize) {
+///         // Usually, a work item is enqueued here, which calls `Guard::get()`.
+///     }
+/// }
+///
+/// let queues = Virtqueues::<Driver, 1>::new([c"requests"], [()], Driver)?;
+/// let mut queue = queues.lock(0);
+///
+/// // `find()` was not called yet: there is nobody to talk to, and nothing is lost.
+/// let refused = queue.add(&[0; 16], None, Response::Inline(8), 42).err();
+///
+/// assert!(refused.is_some_and(|refused| refused.error == ENODEV && refused.token == 42));
+/// assert!(!queue.connected());
+/// assert!(!queue.kick_prepare());
+/// assert_eq!(queue.in_flight(), 0);
+/// assert!(queue.get().is_none());
+/// drop(queue);
+/// queues.notify(0);
+/// assert!(queues.device().is_none());
+/// # Ok::<(), Error>(())
+/// ```
 #[pin_data]
 #[repr(C)]
 pub struct Virtqueues<H: Handler<N>, const N: usize> {
@@ -606,9 +646,12 @@ impl<H: Handler<N>, const N: usize> Virtqueues<H, N> {
     pub fn device(&self) -> Option<ConnectedDevice<'_>> {
         let device = self.device.lock();
 
-        // INVARIANT: There is one. A device is only unbound after `Virtqueues::stop` has taken the
-        // lock, see `Device::quiesce()`.
-        device.is_some().then_some(ConnectedDevice(device))
+        // INVARIANT: `stop()` has not disconnected the device yet, and cannot while it is locked. A
+        // device is not unbound before that, see `Device::quiesce()`.
+        Some(ConnectedDevice {
+            dev: device.as_ref()?.clone(),
+            _guard: device,
+        })
     }
 
     /// Finds the virtqueues of `dev`, and connects them.
@@ -790,13 +833,13 @@ impl<H: Handler<N>, const N: usize> Virtqueues<H, N> {
     ///
     /// It must be there, `self.device` must be locked, and there must be no virtqueues.
     unsafe fn unlink(&self, dev: &Device<Bound>) {
-        dev.link().store(ptr::null_mut(), Release);
+        let link = dev.link().xchg(ptr::null_mut(), Full);
 
         // `Device::quiesce()` may just have found the link.
         rcu::synchronize_rcu();
 
-        // SAFETY: The link owned a reference, from `Arc::into_raw()` in `find()`.
-        drop(unsafe { Arc::from_raw(self) });
+        // SAFETY: The link owned a reference, and is from `Arc::into_raw()` in `find()`.
+        drop(unsafe { Arc::from_raw(link.cast::<Self>()) });
     }
 
     /// Implementation of [`Link::stop`].
@@ -891,24 +934,26 @@ where
     }
 }
 
-/// See [`Virtqueues::device`].
+/// A device that stays connected to its virtqueues, see [`Virtqueues::device`].
 ///
 /// # Invariants
 ///
-/// There is a device, and it is bound.
-pub struct ConnectedDevice<'a>(MutexGuard<'a, Option<ARef<Device>>>);
+/// `dev` is bound.
+pub struct ConnectedDevice<'a> {
+    dev: ARef<Device>,
+    _guard: MutexGuard<'a, Option<ARef<Device>>>,
+}
 
 impl Deref for ConnectedDevice<'_> {
     type Target = Device<Bound>;
 
     fn deref(&self) -> &Self::Target {
-        let dev: *const Device = match &*self.0 {
-            Some(dev) => &raw const **dev,
-            // By the type invariant, there is one.
-            None => ptr::null(),
-        };
+        // CAST: `Device` is a transparent wrapper of a type that doesn't depend on its generic
+        // argument.
+        let dev = (&raw const *self.dev).cast();
 
-        // SAFETY: By the type invariant, `dev` is valid and bound for as long as `self` exists.
-        unsafe { &*dev.cast() }
+        // SAFETY: By the type invariant, the device is bound for as long as `self` exists, and
+        // `self.dev` is a reference to it.
+        unsafe { &*dev }
     }
 }
