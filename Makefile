@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: GPL-2.0
+#
+# In a kernel tree this is the driver's Kbuild file. Anywhere else it has the developer's targets: see "make help".
+
+ifneq ($(srctree),)
+
+obj-$(CONFIG_DRM_VIRTGPU_RS) += virtgpu-rs.o
+virtgpu-rs-y := virtgpu_rs.o
+
+else
+
+MAKEFLAGS += --no-print-directory
+export KDIR KERNEL_CONFIG DRM_VIRTGPU_RS DRIVER DISPLAY_BACKEND HOST CASES
+
+.PHONY: help kernel run test shell check clean clean-cache
+
+help:
+	@sed -n 's/^#: \{0,1\}//p' $(firstword $(MAKEFILE_LIST))
+
+kernel:
+	@STEPS=3 scripts/kernel.sh
+
+run test shell:
+	@STEPS=5 scripts/kernel.sh
+	@STEPS=5 scripts/lab.sh $@
+
+check:
+	@STEPS=3 scripts/check.sh
+
+clean:
+	rm -rf build
+
+clean-cache:
+	@scripts/clean-cache.sh
+
+#: make run          suspend a guest while modetest draws, and compare the screen before and after
+#: make test         run the tests
+#: make kernel       build the guest's kernel with the driver: build/bzImage, vmlinux, modules/, config
+#: make shell        boot to a shell on the serial line (C-a x leaves)
+#: make check        style, lints and documentation of everything, without warnings
+#: make clean        remove build/
+#: make clean-cache  remove all that was built, for every clone
+#: make help         this text
+#:
+#: DRIVER=c                 with Linux's C driver, for the comparison (run, test, shell)
+#: DISPLAY_BACKEND=gtk|sdl  in a window (run)
+#: CASES=name               only the cases whose name contains this (test)
+#: DRM_VIRTGPU_RS=y         the driver built in
+#: KERNEL_CONFIG=name|file  a configuration of scripts/configs, or a file
+#: KDIR=directory           the kernel tree to lay the driver over; it is not changed
+#: VIRTGPU_RS_CACHE=dir     where everything that is built lies (default: ~/.cache/virtgpu_rs)
+
+endif

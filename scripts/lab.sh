@@ -1,0 +1,11 @@
+#!/bin/bash
+# SPDX-License-Identifier: GPL-2.0
+#
+# make run, test and shell: boots guests with the kernel that build/kernel links to.
+# usage: lab.sh run|test|shell
+
+# shellcheck source-path=SCRIPTDIR
+. "$(dirname "${BASH_SOURCE[0]}")/buildroot.sh"
+
+# Programs of two clones must not meet: cargo goes by time stamps, which say nothing across clones.
+in_root scripts/root/lab.sh "$1" "$(basename "$(readlink "$repo/build/kernel")")" "$(hash <<<"$repo")"

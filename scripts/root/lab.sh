@@ -1,0 +1,52 @@
+#!/bin/bash
+# SPDX-License-Identifier: GPL-2.0
+#
+# Builds the harness and runs it; in the build root.
+# usage: lab.sh run|test|shell KERNEL CLONE   (names of the kernel's directory in the cache, and of this clone)
+
+# shellcheck source-path=SCRIPTDIR
+. "$(dirname "${BASH_SOURCE[0]}")/../lib.sh"
+# shellcheck source-path=SCRIPTDIR
+. "$(dirname "${BASH_SOURCE[0]}")/cargo.sh"
+
+command=$1
+use_target "$3"
+export VIRTGPU_BUILD=/cache/$2 VIRTGPU_RUN=/src/build/run
+log=/cache/log/cargo-$3
+mkdir -p "$VIRTGPU_RUN"
+read -r -a cases <<<"${CASES:-}"
+
+build_programs()
+{
+	step 4 "building the test programs"
+	cargo "$@" </dev/null 2>&1 | progress "$log" '^ +(Downloaded|Compiling) ' "crates" || explain "$log" "Building the test programs" "$log"
+}
+
+cd /src/selftests
+if [ "$command" != shell ]; then
+	lock 9 "/cache/lock/run-$3"
+fi
+case $command in
+run)
+	build_programs build --release --package virtgpu-lab
+	step 5 "running the guest"
+	cd /src
+	VIRTGPU_RUN=build/run exec "$CARGO_TARGET_DIR/release/virtgpu-lab" run
+	;;
+shell)
+	build_programs build --release --package virtgpu-lab
+	step 5 "booting to a shell, C-a x leaves"
+	exec "$CARGO_TARGET_DIR/release/virtgpu-lab" shell
+	;;
+test)
+	build_programs test --no-run --release --workspace
+	step 5 "running the tests"
+	status=0
+	if [ "${#cases[@]}" -eq 0 ]; then
+		cargo test --release --workspace --lib --bins || status=$?
+		cargo test --release --manifest-path host/Cargo.toml || status=$?
+	fi
+	cargo test --release --package virtgpu-lab --test cases -- "${cases[@]}" || status=$?
+	exit "$status"
+	;;
+esac
