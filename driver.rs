@@ -1,0 +1,310 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! The virtio driver, and the DRM device that it registers.
+//!
+//! The DRM device belongs to the parent of the virtio device, a PCI function or a platform device,
+//! as it does in the C driver: user space looks for the GPU there.
+
+use kernel::{
+    device::{
+        self,
+        Bound,
+        Core, //
+    },
+    drm,
+    impl_has_work,
+    new_mutex,
+    new_work,
+    prelude::*,
+    sync::{
+        aref::ARef,
+        Arc,
+        Mutex, //
+    },
+    virtio::{
+        self,
+        PmPhase, //
+    },
+    workqueue::{
+        self,
+        Work,
+        WorkItem, //
+    }, //
+};
+
+use crate::{
+    command::{
+        self,
+        DisplayInfo, //
+    },
+    debugfs,
+    display,
+    features::{
+        self,
+        Features, //
+    },
+    file::File,
+    module_parameters,
+    object::{
+        Object,
+        Resources, //
+    },
+    pm,
+    queue::{
+        Gate,
+        Queue,
+        Who, //
+    },
+    uapi::{
+        self,
+        config, //
+    }, //
+};
+
+/// The DRM driver.
+pub(crate) struct DrmDriver;
+
+/// The DRM device.
+pub(crate) type Device = drm::Device<DrmDriver>;
+
+/// What the driver knows of one GPU; lives as long as the DRM device does.
+#[pin_data]
+pub(crate) struct Gpu {
+    pub(crate) queue: Queue,
+    pub(crate) features: Features,
+    pub(crate) resources: Arc<Resources>,
+    /// What the host last said of its displays.
+    #[pin]
+    pub(crate) displays: Mutex<[DisplayInfo; uapi::MAX_SCANOUTS]>,
+    #[pin]
+    pub(crate) pm: Mutex<pm::State>,
+    #[pin]
+    config_changed: Work<Device, 0>,
+}
+
+impl_has_work! {
+    impl HasWork<Device, 0> for Gpu { self.config_changed }
+}
+
+impl Gpu {
+    fn new(queue: Queue, features: Features) -> Result<impl PinInit<Self, Error>> {
+        let resources = Resources::new(queue.clone())?;
+        // What a user gets on a host that says nothing.
+        let mut displays = [DisplayInfo::default(); uapi::MAX_SCANOUTS];
+        displays[0] = DisplayInfo {
+            enabled: true,
+            width: display::DEFAULT_WIDTH,
+            height: display::DEFAULT_HEIGHT,
+        };
+
+        Ok(try_pin_init!(Self {
+            queue,
+            features,
+            resources,
+            displays <- new_mutex!(displays),
+            pm <- new_mutex!(pm::State::new()),
+            config_changed <- new_work!("virtgpu_rs::config_changed"),
+        }))
+    }
+
+    /// Whether there is anything to show pictures on.
+    pub(crate) fn has_display(&self) -> bool {
+        self.features.num_scanouts > 0
+    }
+}
+
+impl WorkItem<0> for Gpu {
+    type Pointer = ARef<Device>;
+
+    fn run(drm: Self::Pointer) {
+        let Some(dev) = drm.queue.device() else {
+            return;
+        };
+
+        match dev.config_read_le32(config::EVENTS_READ) {
+            Ok(events) if events & config::EVENT_DISPLAY != 0 => {}
+            _ => return,
+        }
+        // Cleared before the host is asked: a change that comes after that is a new event.
+        let _ = dev.config_write_le32(config::EVENTS_CLEAR, config::EVENT_DISPLAY);
+        drop(dev);
+
+        if drm.has_display() && display::refresh(&drm, Who::Kernel).is_ok() {
+            drm.hotplug_event();
+        }
+    }
+}
+
+#[vtable]
+impl drm::Driver for DrmDriver {
+    type Data = Gpu;
+    type RegistrationData<'a> = ();
+    type File = File;
+    type Object = drm::gem::shmem::Object<Object>;
+    type ParentDevice<Ctx: device::DeviceContext> = device::Device<Ctx>;
+
+    // The name and the version by which user space knows the C driver.
+    const INFO: drm::DriverInfo = drm::DriverInfo {
+        major: 0,
+        minor: 1,
+        patchlevel: 0,
+        name: c"virtio_gpu",
+        desc: c"virtio GPU",
+    };
+    const FEAT_RENDER: bool = true;
+    const FEAT_MODESET: bool = true;
+    const FEAT_ATOMIC: bool = true;
+    const IOCTLS: &'static [drm::ioctl::DrmIoctlDescriptor] = &[];
+}
+
+/// The virtio driver.
+pub(crate) struct VirtioDriver;
+
+/// What belongs to the binding of the driver to a device.
+#[pin_data]
+pub(crate) struct DriverData<'bound> {
+    drm: ARef<Device>,
+    /// Taken out, and with it user space shut out, when the driver is unbound.
+    #[pin]
+    registration: Mutex<Option<drm::Registration<'bound, DrmDriver>>>,
+}
+
+kernel::virtio_device_table!(ID_TABLE, [virtio::DeviceId::new(uapi::VIRTIO_ID_GPU)]);
+
+/// Whether the administrator wants no graphics driver, or not this one.
+fn is_disabled() -> bool {
+    match *module_parameters::modeset.value_ref() {
+        0 => true,
+        -1 => drm::aperture::firmware_drivers_only(),
+        _ => false,
+    }
+}
+
+/// Brings up the engine and asks the host what there is to show. Nobody knows of the device yet.
+fn start(dev: &virtio::Device<Bound>, drm: &Device) -> Result {
+    let queue = &drm.queue;
+
+    queue.init_vqs(dev)?;
+    queue.open();
+
+    if drm.features.freezing {
+        // A host may still keep what a guest that crashed in its sleep had left.
+        let _ = queue.call_nodata(&command::status_freezing(false), Who::Kernel);
+    }
+    if drm.has_display() {
+        display::refresh(drm, Who::Kernel).inspect_err(|e| {
+            dev_err!(dev.parent(), "*ERROR* no display info: {:?}\n", e);
+        })?;
+    }
+    Ok(())
+}
+
+#[vtable]
+impl virtio::Driver for VirtioDriver {
+    type Data<'bound> = DriverData<'bound>;
+
+    const ID_TABLE: virtio::IdTable = &ID_TABLE;
+    const FEATURES: &'static [u32] = &features::TABLE;
+
+    fn validate(dev: &virtio::Negotiation<'_>) -> Result {
+        features::negotiate(dev)
+    }
+
+    fn probe<'bound>(
+        dev: &'bound virtio::Device<Core<'_>>,
+    ) -> impl PinInit<Self::Data<'bound>, Error> + 'bound {
+        pin_init::pin_init_scope(move || {
+            if is_disabled() {
+                return Err(EINVAL);
+            }
+
+            let parent = dev.parent();
+
+            drm::aperture::remove_conflicting(parent, c"virtio_gpu")?;
+
+            let features = Features::new(dev)?;
+            let queue = Queue::new(parent)?;
+            let drm = drm::UnregisteredDevice::<DrmDriver>::new(
+                parent,
+                Gpu::new(queue.clone(), features)?,
+            )?;
+
+            if drm.has_display() {
+                display::init(&drm)?;
+            } else {
+                drm.disable_modeset();
+            }
+            debugfs::init(&drm);
+
+            let device: ARef<Device> = (&*drm).into();
+
+            start(dev, &device)
+                .and_then(|()| drm::Registration::new_static(parent, drm, Ok::<_, Error>(())))
+                .inspect_err(|_| queue.stop(dev, false, Gate::Gone))
+                .map(|registration| {
+                    drm::client::setup(&registration);
+                    try_pin_init!(DriverData {
+                        drm: device,
+                        registration <- new_mutex!(Some(registration)),
+                    })
+                })
+        })
+    }
+
+    fn unbind<'bound>(dev: &'bound virtio::Device<Core<'_>>, this: Pin<&Self::Data<'bound>>) {
+        let drm = &this.drm;
+
+        // Whoever is in a system call must find out: unplugging waits for them.
+        drm.queue.set_gate(Gate::Gone);
+        let registration = this.registration.lock().take();
+        drop(registration);
+
+        if drm.has_display() {
+            drm.shutdown_outputs();
+        }
+        drm.queue.stop(dev, false, Gate::Gone);
+        drm.config_changed.flush();
+    }
+
+    fn shutdown<'bound>(dev: &'bound virtio::Device<Core<'_>>, this: Pin<&Self::Data<'bound>>) {
+        this.drm.queue.stop(dev, true, Gate::Gone);
+        // The rings are gone, and so is the device's access to memory: a kernel that is started
+        // from this one finds it quiet.
+        dev.shutdown();
+    }
+
+    fn config_changed(_dev: &virtio::Device<Bound>, this: Pin<&Self::Data<'_>>) {
+        // Already queued is as good.
+        let _ = workqueue::system().enqueue::<ARef<Device>, 0>(this.drm.clone());
+    }
+
+    fn freeze<'bound>(
+        dev: &'bound virtio::Device<Core<'_>>,
+        this: Pin<&Self::Data<'bound>>,
+    ) -> Result {
+        pm::freeze(&this.drm, dev)
+    }
+
+    fn restore<'bound>(
+        dev: &'bound virtio::Device<Core<'_>>,
+        this: Pin<&Self::Data<'bound>>,
+    ) -> Result {
+        pm::restore(&this.drm, dev)
+    }
+
+    fn suspend<'bound>(
+        _dev: &'bound virtio::Device<Core<'_>>,
+        this: Pin<&Self::Data<'bound>>,
+        phase: PmPhase,
+    ) -> Result {
+        pm::suspend(&this.drm, phase)
+    }
+
+    fn resume<'bound>(
+        _dev: &'bound virtio::Device<Core<'_>>,
+        this: Pin<&Self::Data<'bound>>,
+        _phase: PmPhase,
+    ) -> Result {
+        pm::resume(&this.drm)
+    }
+}

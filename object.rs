@@ -1,0 +1,342 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Buffers: a GEM object in the guest, a resource on the host.
+//!
+//! A resource is made from a *recipe*, [`Resource`], which outlives whatever the host forgets.
+//! [`Resources`] holds all recipes there are, so that a host that has lost everything can be given
+//! everything again, contents included: they are in the guest's memory.
+
+use core::mem::{
+    size_of,
+    MaybeUninit, //
+};
+use kernel::{
+    drm::{
+        self,
+        gem::{
+            shmem,
+            DriverFile,
+            DriverObject,
+            DumbBuffer,
+            OwnedObject, //
+        }, //
+    },
+    new_mutex,
+    page::page_align,
+    prelude::*,
+    rbtree::RBTree,
+    sync::{
+        aref::ARef,
+        atomic::{
+            Atomic,
+            Relaxed, //
+        },
+        Arc,
+        Mutex,
+        SetOnce, //
+    },
+    virtio::queue::Payload, //
+};
+
+use crate::{
+    command::{
+        self,
+        Rect, //
+    },
+    driver::DrmDriver,
+    pm,
+    queue::{
+        Held,
+        Queue,
+        Tally,
+        Token,
+        Who,
+        CTRL, //
+    },
+    uapi, //
+};
+
+/// Bytes of a pixel: all formats of the driver have 32 bits.
+pub(crate) const CPP: u32 = 4;
+
+/// What a resource was made from, and is made from again.
+pub(crate) struct Resource {
+    pub(crate) id: u32,
+    width: u32,
+    height: u32,
+    /// The backing as it goes over the wire, an array of `virtio_gpu_mem_entry`.
+    backing: KVVec<u8>,
+    /// The host has been told to create it.
+    created: Atomic<bool>,
+}
+
+impl Resource {
+    /// Creates the resource on the host and attaches its backing.
+    fn create(&self, queue: &Queue, who: Who, tally: Option<&Arc<Tally>>) -> Result {
+        let mut entries = KVVec::with_capacity(self.backing.len(), GFP_KERNEL)?;
+
+        entries.extend_from_slice(&self.backing, GFP_KERNEL)?;
+
+        let payload = Payload::new(entries)?;
+        let nr_entries = self.backing.len() / size_of::<uapi::MemEntry>();
+
+        queue
+            .submit(
+                &command::resource_create_2d(
+                    self.id,
+                    uapi::FORMAT_B8G8R8X8_UNORM,
+                    self.width,
+                    self.height,
+                ),
+                None,
+                Token::unattended::<uapi::ResourceCreate2d>(tally),
+                who,
+            )
+            .map_err(|rejected| rejected.error)?;
+        self.created.store(true, Relaxed);
+        queue
+            .submit(
+                &command::resource_attach_backing(self.id, u32::try_from(nr_entries)?),
+                Some(payload),
+                Token::unattended::<uapi::ResourceAttachBacking>(tally),
+                who,
+            )
+            .map_err(|rejected| rejected.error)
+    }
+
+    /// Sends the contents to the host: a rectangle of it. Lines are `pitch` bytes apart.
+    pub(crate) fn transfer(
+        &self,
+        queue: &Queue,
+        rect: Rect,
+        offset: u64,
+        who: Who,
+        tally: Option<&Arc<Tally>>,
+    ) -> Result {
+        queue
+            .submit(
+                &command::transfer_to_host_2d(self.id, offset, rect),
+                None,
+                Token::unattended::<uapi::TransferToHost2d>(tally),
+                who,
+            )
+            .map_err(|rejected| rejected.error)
+    }
+
+    /// Brings a rectangle onto every scanout that shows the resource.
+    pub(crate) fn flush(&self, queue: &Queue, rect: Rect) -> Result {
+        queue
+            .submit(
+                &command::resource_flush(self.id, rect),
+                None,
+                Token::unattended::<uapi::ResourceFlush>(None),
+                Who::Kernel,
+            )
+            .map_err(|rejected| rejected.error)
+    }
+}
+
+/// All resources that the host has, or ought to have.
+#[pin_data]
+pub(crate) struct Resources {
+    queue: Queue,
+    /// Ids are not used again: a host that is slow to forget must not mix up two resources.
+    next_id: Atomic<u32>,
+    #[pin]
+    live: Mutex<RBTree<u32, Arc<Resource>>>,
+}
+
+impl Resources {
+    pub(crate) fn new(queue: Queue) -> Result<Arc<Self>> {
+        Arc::pin_init(
+            pin_init!(Self {
+                queue,
+                next_id: Atomic::new(1),
+                live <- new_mutex!(RBTree::new()),
+            }),
+            GFP_KERNEL,
+        )
+    }
+
+    /// Enters a new recipe.
+    fn add(&self, width: u32, height: u32, backing: KVVec<u8>) -> Result<Arc<Resource>> {
+        // Four billion buffers later, and never the sentinel.
+        let id = self.next_id.fetch_add(1, Relaxed);
+        if id == 0 || id == pm::SENTINEL {
+            self.next_id.store(pm::SENTINEL, Relaxed);
+            return Err(ENOSPC);
+        }
+
+        let resource = Arc::new(
+            Resource {
+                id,
+                width,
+                height,
+                backing,
+                created: Atomic::new(false),
+            },
+            GFP_KERNEL,
+        )?;
+
+        self.live
+            .lock()
+            .try_create_and_insert(id, resource.clone(), GFP_KERNEL)?;
+        Ok(resource)
+    }
+
+    /// Strikes a recipe out and tells the host, which lets go of `held`, what the resource was made
+    /// of.
+    ///
+    /// Both happen under the lock: a host that comes back in between must not be given a resource
+    /// that nobody will ever destroy.
+    fn remove(&self, resource: &Resource, held: KBox<Held>) {
+        let queue = &self.queue;
+        let command = command::resource_unref(resource.id);
+        let mut token = Token::release(held);
+
+        loop {
+            let mut live = self.live.lock();
+            let mut rejected = match queue.submit(&command, None, token, Who::NoWait) {
+                Ok(()) => {
+                    live.remove(&resource.id);
+                    drop(live);
+                    queue.kick(CTRL);
+                    return;
+                }
+                Err(rejected) => rejected,
+            };
+
+            if rejected.error == EAGAIN {
+                drop(live);
+                match queue.wait_turn() {
+                    Ok(()) => {
+                        token = rejected.token;
+                        continue;
+                    }
+                    Err(error) => rejected.error = error,
+                }
+                live = self.live.lock();
+            }
+            live.remove(&resource.id);
+            drop(live);
+            queue.retire(rejected);
+            return;
+        }
+    }
+
+    /// Creates every resource again on a host that has none, and sends its contents. The commands
+    /// are in the queue when this returns, and the host has been told; what becomes of them is in
+    /// `tally` when the queue is idle.
+    ///
+    /// Returns how many there are.
+    pub(crate) fn recover(&self, tally: &Arc<Tally>) -> Result<usize> {
+        let queue = &self.queue;
+        // Nobody who holds this lock waits for anything but the ring.
+        let live = self.live.lock();
+        let mut count = 0;
+
+        for resource in live.values() {
+            let all = Rect {
+                x: 0,
+                y: 0,
+                width: resource.width,
+                height: resource.height,
+            };
+
+            resource.create(queue, Who::Pm, Some(tally))?;
+            resource.transfer(queue, all, 0, Who::Pm, Some(tally))?;
+            count += 1;
+        }
+        drop(live);
+        queue.kick(CTRL);
+        Ok(count)
+    }
+}
+
+/// Room for an object that waits for the host to forget it. Allocated with the object: there is no
+/// way to fail to free one.
+type Room = KBox<MaybeUninit<Held<OwnedObject<Object>>>>;
+
+/// What the driver keeps with a GEM object.
+#[pin_data]
+pub(crate) struct Object {
+    resources: Arc<Resources>,
+    /// The host's side of it, once there is one.
+    resource: SetOnce<Arc<Resource>>,
+    #[pin]
+    room: Mutex<Option<Room>>,
+}
+
+impl Object {
+    /// The host's side of the object.
+    pub(crate) fn resource(&self) -> Option<&Resource> {
+        self.resource.as_ref().map(|resource| &**resource)
+    }
+}
+
+#[vtable]
+impl DriverObject for Object {
+    type Driver = DrmDriver;
+    type Args = Room;
+
+    fn new(
+        dev: &drm::Device<DrmDriver>,
+        _size: usize,
+        room: Room,
+    ) -> impl PinInit<Self, Error> {
+        try_pin_init!(Self {
+            resources: dev.resources.clone(),
+            resource: SetOnce::new(),
+            room <- new_mutex!(Some(room)),
+        })
+    }
+
+    fn dumb_create(
+        dev: &drm::Device<DrmDriver, drm::Registered>,
+        _file: &DriverFile<Self>,
+        args: &mut DumbBuffer,
+    ) -> Result<ARef<shmem::Object<Self>>> {
+        if args.bpp != CPP * 8 {
+            return Err(EINVAL);
+        }
+
+        let pitch = args.width.checked_mul(CPP).ok_or(EINVAL)?;
+        let size = usize::try_from(u64::from(pitch) * u64::from(args.height))?;
+        let size = page_align(size).ok_or(EINVAL)?;
+        let room = KBox::new_uninit(GFP_KERNEL)?;
+        let object = shmem::Object::<Self>::new(dev, size, Default::default(), room)?;
+        let dma = dev.features.dma_addresses.then(|| dev.as_ref());
+
+        let mut backing = KVVec::new();
+        for run in object.runs(dma)? {
+            backing.extend_from_slice(
+                command::mem_entry(run.addr, run.len).as_bytes(),
+                GFP_KERNEL,
+            )?;
+        }
+
+        let resource = dev.resources.add(args.width, args.height, backing)?;
+        // From here on the object's end is the resource's, too.
+        object.resource.populate(resource.clone());
+        resource.create(&dev.queue, Who::Ioctl, None)?;
+        dev.queue.kick(CTRL);
+
+        args.pitch = pitch;
+        args.size = size as u64;
+        Ok(object)
+    }
+
+    fn free(obj: OwnedObject<Self>) {
+        let resources = obj.resources.clone();
+        let (Some(resource), Some(room)) = (obj.resource.as_ref().cloned(), obj.room.lock().take())
+        else {
+            return;
+        };
+
+        if resource.created.load(Relaxed) {
+            resources.remove(&resource, Held::new(room, obj));
+        } else {
+            resources.live.lock().remove(&resource.id);
+        }
+    }
+}

@@ -1,0 +1,314 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Suspend and resume.
+//!
+//! A reset device has forgotten everything: that is what a host is allowed to do, and what QEMU
+//! does. Whatever reset it, the way back is the same, and it is in this file: [`quiesce`] brings
+//! the driver to rest and, where the host has the feature, asks it to keep what it has;
+//! [`freeze`] lets go of the device; [`restore`] takes it up again; [`revive`] finds out what
+//! the host still has, brings back what it has not, and turns the display on.
+//!
+//! Two roads lead here. The transport calls [`freeze`] and [`restore`] when it resets the device;
+//! it does not say what for, and where the PCI function keeps its state over D3 it does not call at
+//! all. The PM core calls [`suspend`] before and [`resume`] after that, and says what for. Each of
+//! them does what is left to do.
+//!
+//! | what happened | what the host is asked to keep | what is done |
+//! |---|---|---|
+//! | suspend to RAM or idle, with FREEZING | everything | verify; if it has not, recover |
+//! | suspend to RAM or idle | nothing | recover |
+//! | the same, and the device was not reset | nothing | verify; if it has not, recover |
+//! | hibernation, in all of its phases | nothing | recover |
+
+use kernel::{
+    device,
+    prelude::*,
+    virtio::{
+        self,
+        PmPhase, //
+    }, //
+};
+
+use crate::{
+    command,
+    display,
+    driver::Device,
+    queue::{
+        Gate,
+        Tally,
+        Who, //
+    },
+    uapi, //
+};
+
+/// The resource that tells whether the host has kept its resources. No object gets this id.
+pub(crate) const SENTINEL: u32 = u32::MAX;
+
+/// Where the driver stands between suspend and resume; see [`State`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Stage {
+    Awake,
+    /// The display is off, the gate is closed, the queues are idle. The device is untouched.
+    Quiet,
+    /// The device has been reset and the queues are gone.
+    Down,
+    /// The device did not come back.
+    Failed,
+}
+
+/// What is remembered between suspend and resume, behind a lock of its own.
+pub(crate) struct State {
+    stage: Stage,
+    /// What the PM core said was to come; nothing where the transport acts on its own account, as
+    /// it does for a Xen guest that is saved.
+    phase: Option<PmPhase>,
+    /// The host has promised to keep everything.
+    promised: bool,
+    /// The sentinel has been created since the device was last reset.
+    sentinel: bool,
+    /// The display was on and waits to be turned on again.
+    display: bool,
+}
+
+impl State {
+    pub(crate) const fn new() -> Self {
+        Self {
+            stage: Stage::Awake,
+            phase: None,
+            promised: false,
+            sentinel: false,
+            display: false,
+        }
+    }
+}
+
+/// What there is to do to get the host's resources back.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Plan {
+    /// The host may have everything: ask, and recover if not.
+    Verify,
+    /// The host has nothing.
+    Recover,
+    /// The host has been given no reason to forget anything.
+    Keep,
+}
+
+impl Plan {
+    /// `reset`: the device has been reset; `promised`: the host has said that it keeps everything
+    /// all the same; `sentinel`: there is something to ask for.
+    fn new(reset: bool, promised: bool, sentinel: bool) -> Self {
+        match (reset, sentinel) {
+            (false, false) => Plan::Keep,
+            (false, true) => Plan::Verify,
+            (true, sentinel) if sentinel && promised => Plan::Verify,
+            (true, _) => Plan::Recover,
+        }
+    }
+}
+
+/// Whether a host with the feature is asked to keep everything. When the guest hibernates, the host
+/// process is likely to end; what it were to keep would be in the way.
+fn asks_to_keep(freezing: bool, phase: Option<PmPhase>) -> bool {
+    freezing && phase == Some(PmPhase::Suspend)
+}
+
+/// Brings the driver to rest. The device is not reset, and what the host has stays.
+///
+/// On error everything is as before.
+fn quiesce(drm: &Device, state: &mut State) -> Result {
+    if state.stage != Stage::Awake {
+        return Ok(());
+    }
+
+    let queue = &drm.queue;
+
+    if drm.has_display() {
+        drm.suspend().inspect_err(|e| {
+            dev_err!(drm.as_ref(), "*ERROR* cannot suspend the display: {:?}\n", e);
+        })?;
+        state.display = true;
+    }
+
+    state.promised = false;
+    // Always: whether the device will be reset is not known yet, another driver may abort this.
+    state.sentinel = queue
+        .call_nodata(
+            &command::resource_create_2d(SENTINEL, uapi::FORMAT_B8G8R8X8_UNORM, 1, 1),
+            Who::Kernel,
+        )
+        .is_ok();
+
+    if !queue.drain() {
+        dev_err!(
+            drm.as_ref(),
+            "*ERROR* the host does not answer, suspending all the same\n"
+        );
+    } else if state.sentinel && asks_to_keep(drm.features.freezing, state.phase) {
+        state.promised = queue
+            .call_nodata(&command::status_freezing(true), Who::Pm)
+            .inspect_err(|_| {
+                dev_info!(
+                    drm.as_ref(),
+                    "the host will not keep its resources, they will be recovered\n"
+                );
+            })
+            .is_ok();
+    }
+    queue.set_gate(Gate::Frozen);
+    state.stage = Stage::Quiet;
+    Ok(())
+}
+
+/// The PM core is about to suspend; the device is untouched yet.
+pub(crate) fn suspend(drm: &Device, phase: PmPhase) -> Result {
+    let mut state = drm.pm.lock();
+
+    state.phase = Some(phase);
+    quiesce(drm, &mut state)
+}
+
+/// The transport is about to let the device sleep, or to reset it.
+pub(crate) fn freeze(drm: &Device, dev: &virtio::Device<device::Bound>) -> Result {
+    let mut state = drm.pm.lock();
+
+    quiesce(drm, &mut state)?;
+    // Whatever is still in the ring has had its time.
+    drm.queue.stop(dev, false, Gate::Frozen);
+    state.stage = Stage::Down;
+    Ok(())
+}
+
+/// The transport has reset the device and agreed on its features.
+pub(crate) fn restore(drm: &Device, dev: &virtio::Device<device::Bound>) -> Result {
+    let mut state = drm.pm.lock();
+
+    drm.queue
+        .init_vqs(dev)
+        .and_then(|()| revive(drm, &mut state, true))
+        .inspect_err(|e| wedge(drm, &mut state, *e))
+}
+
+/// The PM core is done; the transport may have had nothing to do.
+pub(crate) fn resume(drm: &Device) -> Result {
+    let mut state = drm.pm.lock();
+    let result = match state.stage {
+        Stage::Quiet => {
+            revive(drm, &mut state, false).inspect_err(|e| wedge(drm, &mut state, *e))
+        }
+        Stage::Awake => Ok(()),
+        // The transport's own error has been logged.
+        Stage::Down => {
+            wedge(drm, &mut state, ENODEV);
+            Err(ENODEV)
+        }
+        Stage::Failed => Err(EIO),
+    };
+
+    state.phase = None;
+    result
+}
+
+/// Nothing more is expected of the device until it is reset.
+fn wedge(drm: &Device, state: &mut State, error: Error) {
+    dev_err!(
+        drm.as_ref(),
+        "*ERROR* the device did not come back: {:?}\n",
+        error
+    );
+    drm.queue.set_gate(Gate::Wedged);
+    state.stage = Stage::Failed;
+}
+
+/// Brings the host's side back and opens the gate. The queues work, and only we may use them.
+fn revive(drm: &Device, state: &mut State, reset: bool) -> Result {
+    let queue = &drm.queue;
+    let plan = Plan::new(reset, state.promised, state.sentinel);
+    let kept = match plan {
+        // Not by a flush: there are hosts that flush what they do not have.
+        Plan::Verify => queue
+            .call_nodata(&command::resource_unref(SENTINEL), Who::Pm)
+            .is_ok(),
+        Plan::Recover => false,
+        Plan::Keep => true,
+    };
+
+    state.sentinel = false;
+    if state.promised {
+        state.promised = false;
+        // What the host kept for nothing it may now forget, too.
+        if let Err(e) = queue.call_nodata(&command::status_freezing(false), Who::Pm) {
+            dev_err!(
+                drm.as_ref(),
+                "*ERROR* the host was not told of the resume: {:?}\n",
+                e
+            );
+        }
+        if !kept {
+            dev_warn!(drm.as_ref(), "the host did not keep its resources\n");
+        }
+    }
+
+    if kept {
+        dev_info!(drm.as_ref(), "resumed, the host kept its resources\n");
+    } else {
+        let tally = Tally::new()?;
+        let count = drm.resources.recover(&tally)?;
+
+        if !queue.wait_idle() {
+            return Err(ETIMEDOUT);
+        }
+        match tally.failed() {
+            0 => dev_info!(drm.as_ref(), "resumed, {} resources recovered\n", count),
+            failed => dev_err!(
+                drm.as_ref(),
+                "*ERROR* resumed, {} commands to recover {} resources failed\n",
+                failed,
+                count
+            ),
+        }
+    }
+
+    queue.open();
+    state.stage = Stage::Awake;
+    if drm.has_display() {
+        let changed = display::refresh(drm, Who::Kernel).unwrap_or(false);
+
+        if core::mem::take(&mut state.display) {
+            drm.resume()?;
+        }
+        if changed {
+            drm.hotplug_event();
+        }
+    }
+    Ok(())
+}
+
+#[kunit_tests(virtgpu_rs_pm)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_host_is_asked_only_where_there_is_a_chance() {
+        // Reset, and no promise: the host has nothing.
+        assert_eq!(Plan::new(true, false, true), Plan::Recover);
+        assert_eq!(Plan::new(true, false, false), Plan::Recover);
+        // Reset, and a promise.
+        assert_eq!(Plan::new(true, true, true), Plan::Verify);
+        // Not reset: a suspend that was aborted, or a function that keeps its state.
+        assert_eq!(Plan::new(false, false, true), Plan::Verify);
+        assert_eq!(Plan::new(false, true, true), Plan::Verify);
+        // Nothing to ask for.
+        assert_eq!(Plan::new(false, true, false), Plan::Keep);
+        assert_eq!(Plan::new(false, false, false), Plan::Keep);
+        assert_eq!(Plan::new(true, true, false), Plan::Recover);
+    }
+
+    #[test]
+    fn hibernation_never_asks_the_host_to_keep_anything() {
+        for phase in [Some(PmPhase::Freeze), Some(PmPhase::PowerOff), None] {
+            assert!(!asks_to_keep(true, phase));
+        }
+        assert!(asks_to_keep(true, Some(PmPhase::Suspend)));
+        assert!(!asks_to_keep(false, Some(PmPhase::Suspend)));
+    }
+}

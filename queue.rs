@@ -1,0 +1,793 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! The engine: commands go to the host and answers come back.
+//!
+//! Every command goes through one door, [`Queue::submit`], and stands before one gate, [`Gate`].
+//! What the host has been given is a [`Token`] in the virtqueue, and stays one until the host
+//! returns it or the device has been reset; either way [`Token::complete`] runs, once, and that is
+//! where answers are checked, waiters woken and memory released. Nothing is fire-and-forget: a
+//! command that cannot be queued is an error where it was issued, one that the host refuses is an
+//! error in the log, and in its waiter's hands if it has one.
+//!
+//! Whoever has to wait, for room in the ring, for the gate or for an answer, waits for
+//! [`TIMEOUT_MS`] at the most, is woken when the gate moves, and holds nothing that completion
+//! needs.
+//!
+//! The engine knows neither GEM nor KMS. Memory that must outlive a command is handed to it as
+//! [`Held`] and dropped in a work item of its own, never in the one that completes commands.
+
+use core::{
+    mem,
+    ops::ControlFlow, //
+};
+use kernel::{
+    device,
+    impl_has_work,
+    new_condvar,
+    new_spinlock,
+    new_work,
+    prelude::*,
+    sync::{
+        aref::ARef,
+        atomic::{
+            Atomic,
+            Relaxed, //
+        },
+        Arc,
+        ArcBorrow,
+        Completion,
+        CondVar,
+        SpinLock, //
+    },
+    time::msecs_to_jiffies,
+    virtio::{
+        self,
+        queue::{
+            Answer,
+            Payload,
+            Response,
+            ResponseBuf,
+            Virtqueues, //
+        }, //
+    },
+    workqueue::{
+        self,
+        Work,
+        WorkItem, //
+    }, //
+};
+
+use crate::{
+    command::{
+        self,
+        Command, //
+    },
+    uapi, //
+};
+
+/// How long anybody waits for the host, in milliseconds.
+pub(crate) const TIMEOUT_MS: u32 = 5000;
+
+/// The queue for everything but the cursor.
+pub(crate) const CTRL: usize = 0;
+/// The fast lane for the cursor.
+pub(crate) const CURSOR: usize = 1;
+
+const NUM_QUEUES: usize = 2;
+
+/// Whether commands may pass.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Gate {
+    /// Everybody may.
+    Running,
+    /// The device is about to be reset: only [`Who::Pm`] may, the others wait.
+    Draining,
+    /// The device has been reset, or is being brought back: only [`Who::Pm`] may, the others wait.
+    Frozen,
+    /// The device did not come back or broke its queue: nobody may, until it is reset.
+    Wedged,
+    /// The device is gone for good.
+    Gone,
+}
+
+/// Who issues a command, which decides whether it passes the [`Gate`] and how it waits.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Who {
+    /// A system call; its waits end when the caller is killed.
+    Ioctl,
+    /// The kernel, on its own account or in a commit that cannot fail any more.
+    Kernel,
+    /// Likewise, with a lock that others need: gets [`EAGAIN`] where it would have to wait.
+    NoWait,
+    /// Suspend and resume, which have closed the gate themselves.
+    Pm,
+}
+
+impl Gate {
+    /// Decides: pass ([`ControlFlow::Continue`] with `true`), wait (with `false`), or go away.
+    fn admit(self, who: Who) -> ControlFlow<Error, bool> {
+        match (self, who) {
+            (Gate::Running, _) => ControlFlow::Continue(true),
+            (Gate::Draining | Gate::Frozen, Who::Pm) => ControlFlow::Continue(true),
+            (Gate::Draining | Gate::Frozen, _) => ControlFlow::Continue(false),
+            (Gate::Wedged, _) => ControlFlow::Break(EIO),
+            (Gate::Gone, _) => ControlFlow::Break(ENODEV),
+        }
+    }
+
+    /// Whether `self` may be followed by `next`. A device that is gone does not come back.
+    fn may_become(self, next: Gate) -> bool {
+        self != Gate::Gone || next == Gate::Gone
+    }
+}
+
+/// What each queue's lock protects beside the queue.
+pub(crate) struct QueueState {
+    gate: Gate,
+    /// How many tasks sleep on [`Engine::moved`] for this queue.
+    sleepers: u32,
+    /// Somebody waited in vain for room, and nothing has come back since. Spares the others the
+    /// same wait.
+    stalled: bool,
+}
+
+/// What is done when the host is done with a command.
+enum Done {
+    /// Errors are logged.
+    Log,
+    /// Somebody waits.
+    Reply(Arc<Reply>),
+    /// Errors are counted, for somebody who waits for many commands at once.
+    Tally(Arc<Tally>),
+    /// The host has forgotten a resource, and the memory that it used can go.
+    Release(KBox<Held>),
+}
+
+/// A command in the hands of the host.
+pub(crate) struct Token {
+    command: u32,
+    expect: u32,
+    done: Done,
+}
+
+impl Token {
+    fn new<C: Command>(done: Done) -> Self {
+        Self {
+            command: C::TYPE,
+            expect: C::OK,
+            done,
+        }
+    }
+
+    /// A token for a command that nobody waits for. An error is logged, and counted in `tally`.
+    pub(crate) fn unattended<C: Command>(tally: Option<&Arc<Tally>>) -> Self {
+        Self::new::<C>(tally.map_or(Done::Log, |tally| Done::Tally(tally.clone())))
+    }
+
+    /// A token that keeps memory alive until the host has forgotten it.
+    pub(crate) fn release(held: KBox<Held>) -> Self {
+        Self::new::<uapi::ResourceUnref>(Done::Release(held))
+    }
+
+    /// Ends a command: the host has answered, or never will.
+    fn complete(self, engine: &Engine, result: Result<Answer>) {
+        let result = result.and_then(|answer| {
+            match command::check(answer.as_slice(), self.expect) {
+                Ok(()) => Ok(answer),
+                Err((error, ty)) => {
+                    engine.refused(self.command, ty);
+                    Err(error)
+                }
+            }
+        });
+
+        match self.done {
+            Done::Log => {}
+            Done::Reply(reply) => {
+                *reply.answer.lock() = Some(result);
+                reply.done.complete_all();
+            }
+            Done::Tally(tally) => {
+                if result.is_err() {
+                    tally.failed.fetch_add(1, Relaxed);
+                }
+            }
+            Done::Release(held) => engine.release(held),
+        }
+    }
+}
+
+/// Where one task waits for one answer.
+#[pin_data]
+struct Reply {
+    #[pin]
+    done: Completion,
+    #[pin]
+    answer: SpinLock<Option<Result<Answer>>>,
+}
+
+/// Counts the commands of a batch that failed. The batch is over when the queue has drained.
+pub(crate) struct Tally {
+    failed: Atomic<u32>,
+}
+
+impl Tally {
+    /// Starts a batch.
+    pub(crate) fn new() -> Result<Arc<Self>> {
+        Ok(Arc::new(
+            Self {
+                failed: Atomic::new(0),
+            },
+            GFP_KERNEL,
+        )?)
+    }
+
+    /// How many of the batch failed so far.
+    pub(crate) fn failed(&self) -> u32 {
+        self.failed.load(Relaxed)
+    }
+}
+
+/// Something that must not be dropped before the host is done, in a list of such things.
+pub(crate) struct Held<T: ?Sized + Send = dyn Send> {
+    next: Option<KBox<Held>>,
+    _what: T,
+}
+
+impl Held {
+    /// Puts `what` into memory that was allocated earlier.
+    pub(crate) fn new<T: Send + 'static>(
+        room: KBox<mem::MaybeUninit<Held<T>>>,
+        what: T,
+    ) -> KBox<Self> {
+        room.write(Held {
+            next: None,
+            _what: what,
+        })
+    }
+}
+
+/// What is shared by everybody who talks to one device.
+#[pin_data]
+pub(crate) struct Engine {
+    /// For messages.
+    dev: ARef<device::Device>,
+    #[pin]
+    dequeue_ctrl: Work<Virtqueues<Engine, NUM_QUEUES>, 0>,
+    #[pin]
+    dequeue_cursor: Work<Virtqueues<Engine, NUM_QUEUES>, 1>,
+    #[pin]
+    reclaim: Work<Virtqueues<Engine, NUM_QUEUES>, 2>,
+    /// Something came back, or the gate moved.
+    #[pin]
+    moved: CondVar,
+    /// To be dropped by `reclaim`.
+    #[pin]
+    released: SpinLock<Option<KBox<Held>>>,
+    /// To be released when the device has been reset, not before: the host was not told.
+    #[pin]
+    limbo: SpinLock<Option<KBox<Held>>>,
+    refusals: Atomic<u32>,
+}
+
+impl_has_work! {
+    impl HasWork<Virtqueues<Self, NUM_QUEUES>, 0> for Engine { self.dequeue_ctrl }
+    impl HasWork<Virtqueues<Self, NUM_QUEUES>, 1> for Engine { self.dequeue_cursor }
+    impl HasWork<Virtqueues<Self, NUM_QUEUES>, 2> for Engine { self.reclaim }
+}
+
+impl Engine {
+    fn new(dev: &device::Device) -> impl PinInit<Self> + use<> {
+        let dev = dev.into();
+
+        pin_init!(Self {
+            dev,
+            dequeue_ctrl <- new_work!("virtgpu_rs::dequeue_ctrl"),
+            dequeue_cursor <- new_work!("virtgpu_rs::dequeue_cursor"),
+            reclaim <- new_work!("virtgpu_rs::reclaim"),
+            moved <- new_condvar!(),
+            released <- new_spinlock!(None),
+            limbo <- new_spinlock!(None),
+            refusals: Atomic::new(0),
+        })
+    }
+
+    /// Says that the host refused a command, in the words of the C driver. A host that refuses all
+    /// day is not given the log.
+    fn refused(&self, command: u32, ty: u32) {
+        let count = self.refusals.fetch_add(1, Relaxed).wrapping_add(1);
+
+        if count <= 10 || count.is_power_of_two() {
+            dev_err!(
+                self.dev,
+                "*ERROR* response 0x{:x} (command 0x{:x} {}), {} so far\n",
+                ty,
+                command,
+                uapi::command_name(command),
+                count
+            );
+        }
+    }
+
+    fn push(list: &SpinLock<Option<KBox<Held>>>, mut held: KBox<Held>) {
+        let mut head = list.lock();
+
+        held.next = head.take();
+        *head = Some(held);
+    }
+
+    fn release(&self, held: KBox<Held>) {
+        Self::push(&self.released, held);
+    }
+
+    fn drop_list(list: &SpinLock<Option<KBox<Held>>>) {
+        let mut next = list.lock().take();
+
+        // One by one: a list that is dropped as a whole is dropped recursively.
+        while let Some(mut held) = next {
+            next = held.next.take();
+        }
+    }
+}
+
+impl virtio::queue::Handler<NUM_QUEUES> for Engine {
+    type Token = Token;
+    type State = QueueState;
+
+    fn interrupt(queues: ArcBorrow<'_, Virtqueues<Self, NUM_QUEUES>>, index: usize) {
+        let queues: Arc<_> = queues.into();
+
+        // Already queued is as good.
+        let _ = match index {
+            CTRL => workqueue::system().enqueue::<Arc<_>, 0>(queues),
+            _ => workqueue::system().enqueue::<Arc<_>, 1>(queues),
+        };
+    }
+}
+
+impl WorkItem<0> for Engine {
+    type Pointer = Arc<Virtqueues<Self, NUM_QUEUES>>;
+
+    fn run(queues: Self::Pointer) {
+        dequeue(&queues, CTRL);
+    }
+}
+
+impl WorkItem<1> for Engine {
+    type Pointer = Arc<Virtqueues<Self, NUM_QUEUES>>;
+
+    fn run(queues: Self::Pointer) {
+        dequeue(&queues, CURSOR);
+    }
+}
+
+impl WorkItem<2> for Engine {
+    type Pointer = Arc<Virtqueues<Self, NUM_QUEUES>>;
+
+    fn run(queues: Self::Pointer) {
+        Engine::drop_list(&queues.handler().released);
+    }
+}
+
+/// Completes what the host has returned.
+fn dequeue(queues: &Arc<Virtqueues<Engine, NUM_QUEUES>>, index: usize) {
+    let engine = queues.handler();
+    let mut guard = queues.lock(index);
+
+    loop {
+        guard.disable_callbacks();
+        while let Some(returned) = guard.get() {
+            let wake = {
+                let state = guard.state();
+
+                state.stalled = false;
+                state.sleepers > 0
+            };
+            // Not under the lock: to complete is to wake, and payloads may be large.
+            drop(guard);
+            match returned {
+                Ok(done) => done.token.complete(engine, done.answer),
+                Err(_) => kernel::do_once_lite! { dev_err!(engine.dev,
+                    "*ERROR* the host returned a buffer that it did not have\n") },
+            }
+            if wake {
+                engine.moved.notify_all();
+            }
+            guard = queues.lock(index);
+        }
+        if guard.enable_callbacks() {
+            break;
+        }
+    }
+    drop(guard);
+
+    if engine.released.lock().is_some() {
+        let _ = workqueue::system().enqueue::<Arc<_>, 2>(queues.clone());
+    }
+}
+
+/// A command that did not make it into the ring, with all that it carried.
+pub(crate) struct Rejected {
+    pub(crate) error: Error,
+    pub(crate) token: Token,
+}
+
+/// The device's queues, as the driver sees them.
+#[derive(Clone)]
+pub(crate) struct Queue(Arc<Virtqueues<Engine, NUM_QUEUES>>);
+
+impl Queue {
+    /// Prepares queues that are not connected to anything yet. `dev` is named in messages.
+    pub(crate) fn new(dev: &device::Device) -> Result<Self> {
+        let state = || QueueState {
+            gate: Gate::Frozen,
+            sleepers: 0,
+            stalled: false,
+        };
+
+        Ok(Self(Virtqueues::new(
+            [c"control", c"cursor"],
+            [state(), state()],
+            Engine::new(dev),
+        )?))
+    }
+
+    /// Finds the device's virtqueues and tells it that the driver is ready for them.
+    ///
+    /// Probe and restore both begin with this, on a device that has been reset and has agreed on
+    /// its features. Afterwards [`Who::Pm`] may issue commands, and [`Queue::open`] lets in
+    /// everybody else.
+    pub(crate) fn init_vqs(&self, dev: &virtio::Device<device::Bound>) -> Result {
+        self.0.find(dev)?;
+        dev.ready();
+        Ok(())
+    }
+
+    /// Ends all traffic. The only order in which that is safe, for freeze, removal and a failed
+    /// probe alike: nobody gets in any more, what is in the ring is announced to the host and
+    /// waited for (`drain`), the device is reset, what it still held is completed with an error,
+    /// the queues are deleted, and no work is left that could look at them.
+    ///
+    /// `last` is what the gate says afterwards.
+    pub(crate) fn stop(&self, dev: &virtio::Device<device::Bound>, drain: bool, last: Gate) {
+        if drain && !self.drain() {
+            dev_err!(
+                dev.as_ref(),
+                "*ERROR* the host did not answer {} commands within {} ms\n",
+                self.in_flight(),
+                TIMEOUT_MS
+            );
+        }
+        self.set_gate(last);
+
+        let engine = self.0.handler();
+
+        self.0.stop(dev, |_, token| token.complete(engine, Err(ECANCELED)));
+        // The host has no access any more, whatever it was or was not told.
+        Engine::drop_list(&engine.limbo);
+        engine.dequeue_ctrl.flush();
+        engine.dequeue_cursor.flush();
+        engine.reclaim.flush();
+        Engine::drop_list(&engine.released);
+    }
+
+    /// Lets everybody in.
+    pub(crate) fn open(&self) {
+        self.set_gate(Gate::Running);
+    }
+
+    /// Closes the gate for all but [`Who::Pm`], and waits until the host has answered everything.
+    ///
+    /// Returns whether it has.
+    pub(crate) fn drain(&self) -> bool {
+        self.set_gate(Gate::Draining);
+        self.wait_idle()
+    }
+
+    /// Waits until the host has answered everything, whoever may still issue commands.
+    pub(crate) fn wait_idle(&self) -> bool {
+        let mut left = msecs_to_jiffies(TIMEOUT_MS);
+        let engine = self.0.handler();
+
+        for index in 0..NUM_QUEUES {
+            self.kick(index);
+
+            let mut guard = self.0.lock(index);
+
+            while guard.in_flight() > 0 {
+                if left == 0 || guard.is_broken() {
+                    return false;
+                }
+                guard.state().sleepers += 1;
+                left = guard.wait(&engine.moved, left);
+                guard.state().sleepers -= 1;
+            }
+        }
+        true
+    }
+
+    fn in_flight(&self) -> usize {
+        (0..NUM_QUEUES).map(|index| self.0.lock(index).in_flight()).sum()
+    }
+
+    /// The device, as long as it has queues; see [`Virtqueues::device`].
+    pub(crate) fn device(&self) -> Option<virtio::queue::ConnectedDevice<'_>> {
+        self.0.device()
+    }
+
+    /// Moves the gate, and wakes everybody who sleeps before it.
+    pub(crate) fn set_gate(&self, gate: Gate) {
+        for index in 0..NUM_QUEUES {
+            let mut guard = self.0.lock(index);
+            let state = guard.state();
+
+            if state.gate.may_become(gate) {
+                state.gate = gate;
+                state.stalled = false;
+            }
+        }
+        self.0.handler().moved.notify_all();
+    }
+
+    /// Tells the host that there is something in a queue.
+    pub(crate) fn kick(&self, index: usize) {
+        let wanted = self.0.lock(index).kick_prepare();
+
+        if wanted {
+            self.0.notify(index);
+        }
+    }
+
+    /// Puts a command into the control queue; the host learns of it with the next
+    /// [`Queue::kick`].
+    ///
+    /// Waits while the ring is full or the gate is closed for a while. Process context, without a
+    /// lock that completing a command, reclaiming memory or faulting a page in may need.
+    ///
+    /// Errors: [`ENODEV`] when the device is gone, [`EIO`] when it is wedged, [`ETIMEDOUT`],
+    /// [`EINTR`] for a caller that is being killed, [`E2BIG`] for a command that the ring can never
+    /// hold, [`ENOMEM`].
+    pub(crate) fn submit<C: Command>(
+        &self,
+        command: &C,
+        payload: Option<Payload>,
+        token: Token,
+        who: Who,
+    ) -> Result<(), Rejected> {
+        self.submit_bytes(
+            command.as_bytes(),
+            payload,
+            Response::Inline(command::HEADER_LEN),
+            token,
+            who,
+        )
+    }
+
+    fn submit_bytes(
+        &self,
+        command: &[u8],
+        mut payload: Option<Payload>,
+        mut response: Response,
+        mut token: Token,
+        who: Who,
+    ) -> Result<(), Rejected> {
+        let mut left = msecs_to_jiffies(TIMEOUT_MS);
+        let mut guard = self.0.lock(CTRL);
+
+        loop {
+            let admitted = match guard.state().gate.admit(who) {
+                ControlFlow::Continue(admitted) => admitted,
+                ControlFlow::Break(error) => return Err(Rejected { error, token }),
+            };
+
+            if admitted {
+                match guard.add(command, payload, response, token) {
+                    Ok(()) => return Ok(()),
+                    Err(full) if full.is_full() => {
+                        payload = full.payload;
+                        response = full.response;
+                        token = full.token;
+                    }
+                    Err(other) => {
+                        return Err(Rejected {
+                            error: other.error,
+                            token: other.token,
+                        })
+                    }
+                }
+                // Nothing has come back since the last one who waited gave up.
+                if left == 0 || guard.state().stalled {
+                    guard.state().stalled = true;
+                    return Err(Rejected {
+                        error: ETIMEDOUT,
+                        token,
+                    });
+                }
+            } else if left == 0 {
+                return Err(Rejected {
+                    error: ETIMEDOUT,
+                    token,
+                });
+            }
+            if who == Who::NoWait {
+                return Err(Rejected {
+                    error: EAGAIN,
+                    token,
+                });
+            }
+
+            // The host may not have been told of what fills the ring.
+            if guard.kick_prepare() {
+                drop(guard);
+                self.0.notify(CTRL);
+                guard = self.0.lock(CTRL);
+                continue;
+            }
+
+            let moved = &self.0.handler().moved;
+
+            guard.state().sleepers += 1;
+            let slept = match who {
+                Who::Ioctl => guard.wait_killable(moved, left),
+                _ => Ok(guard.wait(moved, left)),
+            };
+            guard.state().sleepers -= 1;
+            match slept {
+                Ok(rest) => left = rest,
+                Err(error) => return Err(Rejected { error, token }),
+            }
+        }
+    }
+
+    /// Puts a command into the control queue, tells the host, and waits for the answer, which is
+    /// of length `len` at the most.
+    ///
+    /// Errors: those of [`Queue::submit`], and what the host's answer comes closest to; the host
+    /// has until [`TIMEOUT_MS`] to give one.
+    pub(crate) fn call<C: Command>(&self, command: &C, len: usize, who: Who) -> Result<Answer> {
+        let response = if len <= virtio::queue::RESPONSE_INLINE {
+            Response::Inline(len)
+        } else {
+            Response::Pages(ResponseBuf::new(len)?)
+        };
+        let reply = Arc::pin_init(
+            pin_init!(Reply {
+                done <- Completion::new(),
+                answer <- new_spinlock!(None),
+            }),
+            GFP_KERNEL,
+        )?;
+
+        self.submit_bytes(
+            command.as_bytes(),
+            None,
+            response,
+            Token::new::<C>(Done::Reply(reply.clone())),
+            who,
+        )
+        .map_err(|rejected| rejected.error)?;
+        self.kick(CTRL);
+
+        let answered = match who {
+            Who::Ioctl => reply
+                .done
+                .wait_for_completion_killable_timeout(msecs_to_jiffies(TIMEOUT_MS))?,
+            _ => reply
+                .done
+                .wait_for_completion_timeout(msecs_to_jiffies(TIMEOUT_MS)),
+        };
+
+        if !answered {
+            dev_err!(
+                self.0.handler().dev,
+                "*ERROR* no answer to {} within {} ms\n",
+                uapi::command_name(C::TYPE),
+                TIMEOUT_MS
+            );
+            return Err(ETIMEDOUT);
+        }
+
+        let answer = reply.answer.lock().take();
+
+        answer.unwrap_or(Err(EIO))
+    }
+
+    /// Like [`Queue::call`], for a command whose answer has no data.
+    pub(crate) fn call_nodata<C: Command>(&self, command: &C, who: Who) -> Result {
+        self.call(command, command::HEADER_LEN, who).map(drop)
+    }
+
+    /// Waits until a command of [`Who::NoWait`] may have a better chance to get in.
+    ///
+    /// Errors: as [`Queue::submit`].
+    pub(crate) fn wait_turn(&self) -> Result {
+        self.kick(CTRL);
+
+        let mut left = msecs_to_jiffies(TIMEOUT_MS);
+        let mut guard = self.0.lock(CTRL);
+        let mut waited = false;
+
+        loop {
+            match guard.state().gate.admit(Who::Kernel) {
+                ControlFlow::Break(error) => return Err(error),
+                ControlFlow::Continue(true) if waited || guard.in_flight() == 0 => return Ok(()),
+                ControlFlow::Continue(_) if left == 0 => return Err(ETIMEDOUT),
+                ControlFlow::Continue(_) => {}
+            }
+            guard.state().sleepers += 1;
+            left = guard.wait(&self.0.handler().moved, left);
+            guard.state().sleepers -= 1;
+            waited = left > 0;
+        }
+    }
+
+    /// Takes what a token keeps alive when the host cannot be told to let go of it. It is dropped
+    /// when the device is reset, which is now if it has been.
+    pub(crate) fn retire(&self, rejected: Rejected) {
+        let Done::Release(held) = rejected.token.done else {
+            return;
+        };
+        let guard = self.0.lock(CTRL);
+
+        // Under the lock: once the queue is gone, nobody empties the list any more.
+        if guard.connected() {
+            Engine::push(&self.0.handler().limbo, held);
+        } else {
+            drop(guard);
+            drop(held);
+        }
+    }
+}
+
+#[kunit_tests(virtgpu_rs_queue)]
+mod tests {
+    use super::*;
+
+    const GATES: [Gate; 5] = [
+        Gate::Running,
+        Gate::Draining,
+        Gate::Frozen,
+        Gate::Wedged,
+        Gate::Gone,
+    ];
+
+    fn passes(gate: Gate, who: Who) -> Option<bool> {
+        match gate.admit(who) {
+            ControlFlow::Continue(pass) => Some(pass),
+            ControlFlow::Break(_) => None,
+        }
+    }
+
+    #[test]
+    fn an_open_gate_lets_everybody_in() {
+        for who in [Who::Ioctl, Who::Kernel, Who::Pm] {
+            assert_eq!(passes(Gate::Running, who), Some(true));
+        }
+    }
+
+    #[test]
+    fn only_suspend_passes_a_closed_gate() {
+        for gate in [Gate::Draining, Gate::Frozen] {
+            assert_eq!(passes(gate, Who::Pm), Some(true));
+            assert_eq!(passes(gate, Who::Kernel), Some(false));
+            assert_eq!(passes(gate, Who::Ioctl), Some(false));
+        }
+    }
+
+    #[test]
+    fn nobody_passes_the_gate_of_a_lost_device() {
+        for who in [Who::Ioctl, Who::Kernel, Who::Pm] {
+            assert_eq!(passes(Gate::Wedged, who), None);
+            assert_eq!(passes(Gate::Gone, who), None);
+        }
+    }
+
+    #[test]
+    fn a_device_that_is_gone_stays_gone() {
+        for gate in GATES {
+            assert_eq!(Gate::Gone.may_become(gate), gate == Gate::Gone);
+            assert!(Gate::Wedged.may_become(gate));
+            assert!(gate.may_become(Gate::Gone));
+        }
+    }
+}
