@@ -63,7 +63,7 @@ impl Line {
 
 struct Program {
     pid: Pid,
-    stdin: ChildStdin,
+    stdin: Option<ChildStdin>,
 }
 
 /// Serves the line at `path` until it hangs up.
@@ -94,8 +94,15 @@ pub fn serve(path: &Path) -> Result<()> {
             }
             // A program that has just ended is reported as such; what was meant for it is of no use any more.
             Order::Say { id, text } => {
+                if let Some(program) = programs.lock().expect("not poisoned").get_mut(&id)
+                    && let Some(stdin) = &mut program.stdin
+                {
+                    let _ = writeln!(stdin, "{text}");
+                }
+            }
+            Order::HangUp { id } => {
                 if let Some(program) = programs.lock().expect("not poisoned").get_mut(&id) {
-                    let _ = writeln!(program.stdin, "{text}");
+                    program.stdin = None;
                 }
             }
             Order::Signal { id, signal } => {
@@ -125,7 +132,7 @@ fn start(
         .spawn()?;
 
     let pid = Pid::from_child(&child);
-    let stdin = child.stdin.take().expect("piped");
+    let stdin = child.stdin.take();
     let stdout = child.stdout.take().expect("piped");
     let stderr = child.stderr.take().expect("piped");
     programs

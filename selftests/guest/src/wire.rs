@@ -15,6 +15,8 @@ pub enum Order {
     Start { id: u32, argv: Vec<String> },
     /// Gives the program a line on its standard input.
     Say { id: u32, text: String },
+    /// Closes the program's standard input.
+    HangUp { id: u32 },
     /// Sends the program a signal.
     Signal { id: u32, signal: i32 },
 }

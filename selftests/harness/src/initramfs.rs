@@ -62,8 +62,8 @@ struct File {
     content: Vec<u8>,
 }
 
-/// Makes the initramfs, unless the same one is there, and returns its path.
-pub fn make(kernel: &Kernel) -> Result<PathBuf> {
+/// Makes the initramfs, with `programs` in its `/bin`, unless the same one is there, and returns its path.
+pub fn make(kernel: &Kernel, programs: &[PathBuf]) -> Result<PathBuf> {
     // Cases of one process ask at once.
     static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
     let _guard = ONE_AT_A_TIME.lock().expect("not poisoned");
@@ -85,6 +85,10 @@ pub fn make(kernel: &Kernel) -> Result<PathBuf> {
     for library in libraries(Path::new("/usr/bin/modetest"))? {
         let to = library.to_string_lossy().trim_start_matches('/').to_owned();
         copy(&library, to)?;
+    }
+    for program in programs {
+        let name = program.file_name().expect("a file").to_string_lossy();
+        copy(program, format!("bin/{name}"))?;
     }
     let mut order = String::new();
     for module in &kernel.modules {

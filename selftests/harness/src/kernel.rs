@@ -77,6 +77,11 @@ pub fn results() -> Result<PathBuf> {
     Ok(path)
 }
 
+/// Returns the kernel's image with its symbols.
+pub fn vmlinux() -> Result<PathBuf> {
+    Ok(directory("VIRTGPU_BUILD")?.join("vmlinux"))
+}
+
 /// A built kernel and its modules.
 pub struct Kernel {
     pub image: PathBuf,
@@ -86,9 +91,13 @@ pub struct Kernel {
 }
 
 impl Kernel {
-    /// Finds the kernel that `VIRTGPU_BUILD` names.
+    /// Finds the kernel that `VIRTGPU_BUILD` names, for the driver that `DRIVER` names.
     pub fn from_env() -> Result<Self> {
-        let driver = Driver::from_env()?;
+        Self::with_driver(Driver::from_env()?)
+    }
+
+    /// Finds the kernel that `VIRTGPU_BUILD` names, for `driver`.
+    pub fn with_driver(driver: Driver) -> Result<Self> {
         let build = directory("VIRTGPU_BUILD")?;
         let image = build.join("bzImage");
         ensure!(

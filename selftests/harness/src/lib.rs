@@ -2,9 +2,13 @@
 
 //! Boots guests in QEMU, gives them orders, and looks at their screens from the outside.
 
+pub mod case;
+pub mod client;
+pub mod console;
 pub mod initramfs;
 pub mod kernel;
 pub mod logs;
 pub mod screen;
 pub mod suspend;
 pub mod vm;
+mod vnc;

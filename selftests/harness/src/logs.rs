@@ -7,7 +7,7 @@ const KERNEL_FAULTS: &[&str] = &[
     "WARNING:",
     "BUG:",
     "Oops",
-    "panic",
+    "Kernel panic",
     "Call Trace",
     "cut here",
     "*ERROR*",
@@ -33,8 +33,41 @@ pub fn kernel_faults<'a>(log: &'a str, expected: &[&str]) -> Vec<&'a str> {
 }
 
 /// Returns the lines of QEMU's log that tell of a command that the host refused.
+///
+/// A complaint about the guest begins with a function's name and a colon, a trace event with its name and a space.
 pub fn refused_commands(log: &str) -> Vec<&str> {
+    let is_complaint = |line: &&str| {
+        let word = line.split(' ').next().unwrap_or_default();
+        word.starts_with("virtio") && word.ends_with(':')
+    };
+    log.lines().filter(is_complaint).collect()
+}
+
+/// Returns the names of the commands in QEMU's log, in their order.
+pub fn commands(log: &str) -> Vec<&str> {
     log.lines()
-        .filter(|line| !line.contains(" pid ") && line.contains("error 0x"))
+        .filter_map(|line| line.strip_prefix("virtio_gpu_cmd_")?.split(' ').next())
         .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_refused_command_is_seen() {
+        let log = "virtio_gpu_cmd_res_flush res 0x2, w 1, h 1, x 0, y 0\n\
+                   virtio_gpu_resource_flush: invalid resource specified 2\n";
+        assert_eq!(
+            refused_commands(log),
+            ["virtio_gpu_resource_flush: invalid resource specified 2"]
+        );
+        assert_eq!(commands(log), ["res_flush"]);
+    }
+
+    #[test]
+    fn an_expected_fault_is_none() {
+        let log = "[drm] *ERROR* response 0x1203\nBUG: bad\n[drm] fine";
+        assert_eq!(kernel_faults(log, &["response 0x1203"]), ["BUG: bad"]);
+    }
 }

@@ -14,10 +14,6 @@ use clap::{
     Subcommand, //
 };
 use image::RgbImage;
-use virtgpu_guest::wire::{
-    CardInfo,
-    Shown, //
-};
 use virtgpu_lab::kernel::{
     self,
     Kernel, //
@@ -44,12 +40,21 @@ enum What {
     Run,
     /// Boot to a shell on this terminal.
     Shell,
+    /// Boot, run shell commands in the guest, and print what they print.
+    Exec {
+        /// QEMU's GPU, with its properties.
+        #[arg(long, default_value = "virtio-gpu-pci")]
+        device: String,
+        #[arg(required = true)]
+        commands: Vec<String>,
+    },
 }
 
 fn main() -> ExitCode {
     let result = match Arguments::parse().command {
         What::Run => run(),
         What::Shell => shell(),
+        What::Exec { device, commands } => exec(&device, &commands),
     };
     match result {
         Ok(code) => code,
@@ -67,6 +72,21 @@ fn shell() -> Result<ExitCode> {
     Ok(ExitCode::from(status.code().unwrap_or(255) as u8))
 }
 
+fn exec(device: &str, commands: &[String]) -> Result<ExitCode> {
+    let kernel = Kernel::from_env()?;
+    let dir = kernel::results()?.join("exec");
+    let mut vm = Vm::boot(&kernel, &Machine::with_gpu(device), &dir)?;
+    for command in commands {
+        let output = vm.try_run(command)?;
+        print!("{}", output.out);
+        eprint!("{}", output.err);
+        if output.code != 0 {
+            return Ok(ExitCode::from(output.code as u8));
+        }
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
 fn run() -> Result<ExitCode> {
     let kernel = Kernel::from_env()?;
     let dir = kernel::results()?;
@@ -77,7 +97,7 @@ fn run() -> Result<ExitCode> {
         &dir.join("guest"),
     )?;
 
-    let info: CardInfo = serde_json::from_str(&vm.run("virtgpu-guest info")?)?;
+    let info = vm.card()?;
     let output = info
         .outputs
         .iter()
@@ -121,9 +141,9 @@ fn run() -> Result<ExitCode> {
 /// Waits until the screen shows what modetest drew: its own framebuffer, which is not the console's and not black.
 fn wait_drawn(vm: &mut Vm) -> Result<RgbImage> {
     let end = std::time::Instant::now() + vm::LIMIT;
-    let console: Vec<Shown> = serde_json::from_str(&vm.run("virtgpu-guest framebuffers")?)?;
+    let console = vm.framebuffers()?;
     loop {
-        let shown: Vec<Shown> = serde_json::from_str(&vm.run("virtgpu-guest framebuffers")?)?;
+        let shown = vm.framebuffers()?;
         if shown != console
             && let Some(first) = shown.first()
         {

@@ -62,9 +62,19 @@ pub fn expect(vm: &mut Vm, head: u32, what: &str, expected: &RgbImage) -> Result
     }
     seen.save(vm.dir.join(format!("head{head}-seen.png")))?;
     expected.save(vm.dir.join(format!("head{head}-expected.png")))?;
+    // Whose fault it is: did the guest never draw it, or did it get lost on the way?
+    let drawn = match vm.framebuffers() {
+        Err(error) => format!("unknown, {error:#}"),
+        Ok(all) => {
+            let wanted = fingerprint(expected);
+            all.iter()
+                .any(|shown| shown.fingerprint == wanted)
+                .to_string()
+        }
+    };
+    let difference = difference(&seen, expected);
     bail!(
-        "head {head} does not show {what}: {}",
-        difference(&seen, expected)
+        "head {head} does not show {what}: {difference}; a framebuffer in the guest has it: {drawn}"
     )
 }
 

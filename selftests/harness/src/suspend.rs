@@ -106,3 +106,10 @@ fn wait_awake(vm: &mut Vm, writer: Program) -> Result<()> {
     );
     Ok(())
 }
+
+/// Suspends and resumes the devices only, without a sleep: what QEMU cannot see, the kernel's log has.
+pub fn test_devices(vm: &mut Vm) -> Result<()> {
+    let mark = vm.mark();
+    vm.run("echo devices > /sys/power/pm_test && echo mem > /sys/power/state && echo none > /sys/power/pm_test")?;
+    vm.wait_console("PM: suspend debug", mark)
+}

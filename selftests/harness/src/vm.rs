@@ -52,12 +52,15 @@ use serde_json::{
 };
 use tempfile::TempDir;
 use virtgpu_guest::wire::{
+    CardInfo,
     Order,
-    Report, //
+    Report,
+    Shown, //
 };
 
 use crate::initramfs;
 use crate::kernel::Kernel;
+use crate::vnc::Window;
 
 /// How long a guest may take to its shell. It takes 3 s on an idle machine, 45 s with a debug kernel.
 const BOOT_LIMIT: Duration = Duration::from_secs(90);
@@ -67,6 +70,8 @@ pub const LIMIT: Duration = Duration::from_secs(40);
 
 /// How long the monitor may take to answer.
 const MONITOR_LIMIT: Duration = Duration::from_secs(20);
+
+const SIGTERM: i32 = 15;
 
 /// A machine to boot.
 #[derive(Clone)]
@@ -80,6 +85,12 @@ pub struct Machine {
     pub icount: bool,
     /// Appended to the kernel's command line.
     pub append: String,
+    /// How many heads have a window, whose size the case can change.
+    pub windows: u32,
+    /// Whether there is a disk to swap and hibernate to, of this many MiB.
+    pub swap: Option<u32>,
+    /// More programs for the guest's `/bin`.
+    pub programs: Vec<PathBuf>,
     /// More arguments for QEMU.
     pub arguments: Vec<String>,
 }
@@ -93,6 +104,9 @@ impl Machine {
             cpus: 1,
             icount: false,
             append: String::new(),
+            windows: 0,
+            swap: None,
+            programs: Vec::new(),
             arguments: Vec::new(),
         }
     }
@@ -115,11 +129,15 @@ impl Machine {
             false => "tcg,thread=multi",
         };
         let mut append = format!(
-            "console=ttyS0 no_console_suspend ignore_loglevel pm_debug_messages oops=panic panic=-1 {}",
+            "console=ttyS0 no_console_suspend ignore_loglevel pm_debug_messages \
+             suspend.pm_test_delay=0 oops=panic panic=-1 {}",
             self.append
         );
         if self.icount {
             append += " tsc=reliable";
+        }
+        if self.swap.is_some() {
+            append += " resume=/dev/vda";
         }
         if shell {
             append += " lab.shell";
@@ -132,6 +150,8 @@ impl Machine {
             "-nodefaults",
             "-no-user-config",
             "-no-reboot",
+            "-run-with",
+            "exit-with-parent=on",
             "-machine",
             self.machine,
             "-accel",
@@ -155,7 +175,12 @@ impl Machine {
         add("-D", dir.join("qemu.log").display().to_string());
         add("-smp", self.cpus.to_string());
         add("-kernel", kernel.image.display().to_string());
-        add("-initrd", initramfs::make(kernel)?.display().to_string());
+        add(
+            "-initrd",
+            initramfs::make(kernel, &self.programs)?
+                .display()
+                .to_string(),
+        );
         add("-append", append);
         if self.icount {
             add("-icount", "shift=0,sleep=off".into());
@@ -163,7 +188,20 @@ impl Machine {
         for device in &self.devices {
             add("-device", device.clone());
         }
-        arguments.extend(self.arguments.iter().cloned());
+        if let Some(size) = self.swap {
+            // The disk outlives a guest that starts again.
+            let path = dir.with_file_name("swap");
+            if !path.exists() {
+                File::create(&path)?.set_len(u64::from(size) << 20)?;
+            }
+            arguments.push("-drive".into());
+            arguments.push(format!(
+                "if=none,id=swap,format=raw,file={}",
+                path.display()
+            ));
+            arguments.extend(["-device", "virtio-blk-pci,drive=swap"].map(String::from));
+        }
+        arguments.extend_from_slice(&self.arguments);
         Ok(arguments)
     }
 }
@@ -215,7 +253,8 @@ pub struct Vm {
     pub dir: PathBuf,
     /// The machine that runs.
     pub machine: Machine,
-    _sockets: TempDir,
+    windows: Vec<Window>,
+    sockets: TempDir,
 }
 
 impl Vm {
@@ -260,6 +299,14 @@ impl Vm {
             arguments.push(format!("socket,id={name},path={}", path.display()));
             arguments.extend(user.into_iter().map(String::from));
         }
+        for head in 0..machine.windows {
+            arguments.push("-vnc".into());
+            let path = socket(&format!("vnc{head}"));
+            arguments.push(format!(
+                "unix:{},id=vnc{head},display=gpu0,head={head}",
+                path.display()
+            ));
+        }
         let mut qemu = Command::new("qemu-system-x86_64")
             .args(&arguments)
             .stdin(Stdio::null())
@@ -299,7 +346,8 @@ impl Vm {
             commands: 0,
             dir: dir.to_owned(),
             machine: machine.clone(),
-            _sockets: sockets,
+            windows: Vec::new(),
+            sockets,
         };
         vm.monitor("qmp_capabilities", json!({}))?;
         Ok(vm)
@@ -511,15 +559,54 @@ impl Vm {
         Ok(output.out)
     }
 
-    /// Waits until QEMU has ended by itself.
-    pub fn wait_gone(mut self) -> Result<()> {
-        let gone = self.wait("QEMU's end", Mark(0), LIMIT, |_| None::<()>);
-        ensure!(
-            self.qemu.try_wait()?.is_some(),
-            "{:#}",
-            gone.expect_err("nothing is picked")
-        );
+    /// Closes a program's standard input.
+    pub fn hang_up(&mut self, program: Program) -> Result<()> {
+        self.order(&Order::HangUp { id: program.0 })
+    }
+
+    /// Gives the window on a head a size, and waits until the guest has noticed. Size 0 by 0 closes it.
+    pub fn resize_window(&mut self, head: u32, width: u16, height: u16) -> Result<()> {
+        while self.windows.len() < self.machine.windows as usize {
+            let path = self
+                .sockets
+                .path()
+                .join(format!("vnc{}", self.windows.len()));
+            self.windows.push(Window::open(&path)?);
+        }
+        let mark = self.mark();
+        let listener = self.start_program(&["virtgpu-guest", "uevents"])?;
+        self.wait_line(listener, "listening", mark)?;
+        self.windows[head as usize].resize(width, height)?;
+        self.wait("a hotplug event", mark, LIMIT, |note| match note {
+            Note::Agent(Report::Out { id, text }) if listener.is(*id) => {
+                (text.contains("/drm/card") && text.contains("HOTPLUG=1")).then_some(())
+            }
+            _ => None,
+        })?;
+        self.signal(listener, SIGTERM)?;
+        self.wait_end(listener)?;
         Ok(())
+    }
+
+    /// Returns the card as the guest sees it.
+    pub fn card(&mut self) -> Result<CardInfo> {
+        Ok(serde_json::from_str(&self.run("virtgpu-guest info")?)?)
+    }
+
+    /// Returns the framebuffers that the guest has its outputs show.
+    pub fn framebuffers(&mut self) -> Result<Vec<Shown>> {
+        Ok(serde_json::from_str(
+            &self.run("virtgpu-guest framebuffers")?,
+        )?)
+    }
+
+    /// Starts QEMU again with the same machine, after it has ended by itself, as the caller knows from its event. Programs keep
+    /// their names.
+    pub fn start_again(mut self, kernel: &Kernel, dir: &Path) -> Result<Self> {
+        self.qemu.wait()?;
+        let mut vm = Self::start(kernel, &self.machine, dir)?;
+        vm.programs = self.programs;
+        Ok(vm)
     }
 }
 

@@ -1,0 +1,134 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! A test case: its guest, and what has to hold at the end of every case.
+
+use std::fs;
+use std::path::PathBuf;
+
+use anyhow::{
+    Context,
+    Result,
+    bail, //
+};
+use libtest_mimic::{
+    Failed,
+    Trial, //
+};
+
+use crate::kernel::{
+    Kernel,
+    results, //
+};
+use crate::logs;
+use crate::vm::{
+    Machine,
+    Vm, //
+};
+
+/// A test case that runs.
+pub struct Case {
+    pub kernel: Kernel,
+    vm: Option<Vm>,
+    dir: PathBuf,
+    expected: Vec<&'static str>,
+}
+
+impl Case {
+    fn new(name: &str) -> Result<Self> {
+        let dir = results()?.join("cases").join(name.replace("::", "."));
+        match fs::remove_dir_all(&dir) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(error.into()),
+            _ => {}
+        }
+        fs::create_dir_all(&dir)?;
+        Ok(Self {
+            kernel: Kernel::from_env()?,
+            vm: None,
+            dir,
+            expected: Vec::new(),
+        })
+    }
+
+    /// Says that a line with `text` in the kernel's log is what the case is about.
+    pub fn expect_in_log(&mut self, text: &'static str) {
+        self.expected.push(text);
+    }
+
+    /// Boots the case's guest, and loads the driver.
+    pub fn boot(&mut self, machine: &Machine) -> Result<&mut Vm> {
+        let vm = Vm::boot(&self.kernel, machine, &self.dir.join("guest"))?;
+        Ok(self.vm.insert(vm))
+    }
+
+    /// Starts the guest, which has switched itself off, a second time: what ran in it goes on if its kernel finds it on the disk.
+    pub fn boot_again(&mut self) -> Result<&mut Vm> {
+        let vm = self.vm.take().context("there was no first time")?;
+        let vm = vm.start_again(&self.kernel, &self.dir.join("guest-again"))?;
+        Ok(self.vm.insert(vm))
+    }
+
+    /// Looks for what must not be in any guest's logs.
+    fn check_logs(&mut self) -> Result<()> {
+        let mut logs = Vec::new();
+        // The console has it all, unless it was cut off; the guest's own buffer has it, unless it is dead.
+        if let Some(vm) = &mut self.vm {
+            let log = vm.run("dmesg").context("collecting the kernel's log")?;
+            fs::write(vm.dir.join("dmesg.log"), &log)?;
+            logs.push(log);
+        }
+        let mut refused = Vec::new();
+        for guest in ["guest", "guest-again"] {
+            let dir = self.dir.join(guest);
+            if dir.exists() {
+                logs.push(fs::read_to_string(dir.join("console.log"))?);
+                let log = String::from_utf8_lossy(&fs::read(dir.join("qemu.log"))?).into_owned();
+                refused.extend(logs::refused_commands(&log).into_iter().map(String::from));
+            }
+        }
+        let mut faults: Vec<_> = logs
+            .iter()
+            .flat_map(|log| logs::kernel_faults(log, &self.expected))
+            .collect();
+        faults.dedup();
+        let mut complaints = Vec::new();
+        if let Some(first) = faults.first() {
+            complaints.push(format!(
+                "the kernel's log has {} faults, the first: {first}",
+                faults.len()
+            ));
+        }
+        if let Some(first) = refused.first() {
+            complaints.push(format!(
+                "the host refused {} commands, the first: {first}",
+                refused.len()
+            ));
+        }
+        if complaints.is_empty() {
+            return Ok(());
+        }
+        bail!("{}", complaints.join("\n"))
+    }
+}
+
+/// Makes a test of `run`, which passes only if the logs are clean as well.
+pub fn trial(
+    name: impl Into<String>,
+    run: impl Fn(&mut Case) -> Result<()> + Send + 'static,
+) -> Trial {
+    let name = name.into();
+    Trial::test(name.clone(), move || {
+        let mut case = Case::new(&name).map_err(|error| Failed::from(format!("{error:#}")))?;
+        let mut complaints = Vec::new();
+        if let Err(error) = run(&mut case) {
+            complaints.push(format!("{error:#}"));
+        }
+        if let Err(error) = case.check_logs() {
+            complaints.push(format!("{error:#}"));
+        }
+        if complaints.is_empty() {
+            return Ok(());
+        }
+        complaints.push(format!("logs and pictures: {}", case.dir.display()));
+        Err(Failed::from(complaints.join("\n")))
+    })
+}

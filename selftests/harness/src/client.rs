@@ -1,0 +1,149 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! The client in the guest, and the screens that it must lead to.
+
+use anyhow::{
+    Context,
+    Result,
+    ensure, //
+};
+use image::RgbImage;
+
+use crate::screen;
+use crate::vm::{
+    Program,
+    Vm, //
+};
+
+/// `virtgpu-guest client`, which draws test pictures on every connected output.
+pub struct Client {
+    program: Program,
+    /// Width and height of every head, in pixels.
+    sizes: Vec<(u32, u32)>,
+}
+
+impl Client {
+    /// Starts the client in the preferred modes, whose sizes the caller knows, and waits until test picture `seed` is on the screens.
+    pub fn start(vm: &mut Vm, seed: u8, sizes: &[(u32, u32)]) -> Result<Self> {
+        Self::start_with(vm, seed, sizes, &[])
+    }
+
+    /// As [`Client::start`], in the mode `size`, for a guest with one output.
+    pub fn start_in_mode(vm: &mut Vm, seed: u8, size: (u32, u32)) -> Result<Self> {
+        Self::start_with(
+            vm,
+            seed,
+            &[size],
+            &["--mode", &format!("{}x{}", size.0, size.1)],
+        )
+    }
+
+    fn start_with(vm: &mut Vm, seed: u8, sizes: &[(u32, u32)], arguments: &[&str]) -> Result<Self> {
+        let mark = vm.mark();
+        let seed_argument = seed.to_string();
+        let mut argv = vec!["virtgpu-guest", "client", &seed_argument];
+        argv.extend(arguments);
+        let program = vm.start_program(&argv)?;
+        vm.wait_line(program, &format!("shown {seed} "), mark)?;
+        let client = Self {
+            program,
+            sizes: sizes.to_vec(),
+        };
+        client.expect(vm, seed)?;
+        Ok(client)
+    }
+
+    /// What head `head` shows of test picture `seed`.
+    fn picture(&self, head: usize, seed: u8) -> RgbImage {
+        let (width, height) = self.sizes[head];
+        // As the client does it: every head has another picture.
+        screen::test_picture(seed.wrapping_add(16 * head as u8), width, height)
+    }
+
+    /// Expects test picture `seed` on every screen.
+    pub fn expect(&self, vm: &mut Vm, seed: u8) -> Result<()> {
+        for head in 0..self.sizes.len() {
+            screen::expect(
+                vm,
+                head as u32,
+                &format!("picture {seed}"),
+                &self.picture(head, seed),
+            )?;
+        }
+        Ok(())
+    }
+
+    /// Has the client draw test picture `seed`, and expects it on every screen.
+    pub fn draw(&self, vm: &mut Vm, seed: u8) -> Result<()> {
+        let mark = vm.mark();
+        vm.say(self.program, &format!("draw {seed}"))?;
+        vm.wait_line(self.program, &format!("drawn {seed}"), mark)?;
+        self.expect(vm, seed)
+    }
+
+    /// Has the client draw all of test picture `seed` on the first screen, but declare only a part of it dirty.
+    pub fn draw_and_show_part(
+        &self,
+        vm: &mut Vm,
+        seed: u8,
+        [x, y, width, height]: [u32; 4],
+    ) -> Result<()> {
+        let mark = vm.mark();
+        vm.say(
+            self.program,
+            &format!("part {seed} {x} {y} {width} {height}"),
+        )?;
+        vm.wait_line(self.program, &format!("drawn {seed}"), mark)?;
+        Ok(())
+    }
+
+    /// Has the client flip between its last two pictures until [`Client::stop_flips`], and returns their seeds.
+    pub fn start_flips(&self, vm: &mut Vm) -> Result<[u8; 2]> {
+        let mark = vm.mark();
+        vm.say(self.program, "flip")?;
+        let seeds = vm.wait_line(self.program, "flipping ", mark)?;
+        let (first, second) = seeds.split_once(' ').context("two seeds are needed")?;
+        Ok([first.parse()?, second.parse()?])
+    }
+
+    /// Expects that the screens go from one picture to the other and back.
+    pub fn expect_flips(&self, vm: &mut Vm, seeds: [u8; 2]) -> Result<()> {
+        for head in 0..self.sizes.len() {
+            for seed in [seeds[0], seeds[1], seeds[0]] {
+                screen::expect(
+                    vm,
+                    head as u32,
+                    &format!("picture {seed}, flipping"),
+                    &self.picture(head, seed),
+                )?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Ends the flips, and expects the last picture on every screen.
+    pub fn stop_flips(&self, vm: &mut Vm) -> Result<()> {
+        let mark = vm.mark();
+        vm.say(self.program, "stop")?;
+        let stopped = vm.wait_line(self.program, "stopped ", mark)?;
+        let seed = stopped
+            .split(' ')
+            .next()
+            .context("a seed is needed")?
+            .parse()?;
+        self.expect(vm, seed)
+    }
+
+    /// Ends the client.
+    pub fn end(self, vm: &mut Vm) -> Result<()> {
+        vm.hang_up(self.program)?;
+        let output = vm.wait_end(self.program)?;
+        ensure!(
+            output.code == 0,
+            "the client ended with {}: {}",
+            output.code,
+            output.err
+        );
+        Ok(())
+    }
+}

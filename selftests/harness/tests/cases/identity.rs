@@ -1,0 +1,153 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! What user space and scripts know the driver by.
+
+use anyhow::{
+    Result,
+    ensure, //
+};
+use libtest_mimic::Trial;
+use virtgpu_lab::case::{
+    Case,
+    trial, //
+};
+use virtgpu_lab::client::Client;
+use virtgpu_lab::kernel::Kernel;
+use virtgpu_lab::vm::Machine;
+
+pub fn trials() -> Vec<Trial> {
+    vec![
+        trial("identity::names", names),
+        trial("identity::kernel_log", kernel_log),
+        trial("identity::debugfs", debugfs),
+        trial("identity::selftest", selftest),
+        trial("identity::reload", reload).with_ignored_flag(is_built_in()),
+    ]
+}
+
+fn names(case: &mut Case) -> Result<()> {
+    let vm = case.boot(&Machine::with_gpu("virtio-gpu-pci,max_outputs=3"))?;
+    let card = vm.card()?;
+    ensure!(
+        card.driver == "virtio_gpu",
+        "the driver's name is {}",
+        card.driver
+    );
+    ensure!(
+        card.version == [0, 1, 0],
+        "the version is {:?}",
+        card.version
+    );
+    let names: Vec<_> = card
+        .outputs
+        .iter()
+        .map(|output| output.name.as_str())
+        .collect();
+    ensure!(
+        names == ["Virtual-1", "Virtual-2", "Virtual-3"],
+        "the connectors are {names:?}"
+    );
+    let connected: Vec<_> = card.outputs.iter().map(|output| output.connected).collect();
+    ensure!(
+        connected == [true, false, false],
+        "connected are {connected:?}"
+    );
+
+    let bus = vm.run("basename $(readlink /sys/bus/virtio/devices/virtio0/driver)")?;
+    ensure!(
+        bus.trim() == "virtio_gpu",
+        "the name on the virtio bus is {bus}"
+    );
+    let modetest = vm.run("modetest -M virtio_gpu -c 2>&1 | head -1")?;
+    ensure!(
+        modetest.contains("`virtio GPU` on driver `virtio_gpu` (version 0.1.0"),
+        "modetest says {modetest}"
+    );
+    Ok(())
+}
+
+/// Scripts look for these lines; they are the C driver's.
+fn kernel_log(case: &mut Case) -> Result<()> {
+    let vm = case.boot(&Machine::with_gpu("virtio-gpu-pci,max_outputs=2"))?;
+    let log = vm.run("dmesg")?;
+    for line in [
+        "features: -virgl +edid -resource_blob -host_visible",
+        "features: -context_init -blob_alignment",
+        "number of scanouts: 2",
+        "number of cap sets: 0",
+        "Initialized virtio_gpu 0.1.0 for 0000:00:02.0 on minor 0",
+    ] {
+        ensure!(
+            log.lines().any(|entry| entry.ends_with(line)),
+            "the kernel's log has no '{line}'"
+        );
+    }
+    Ok(())
+}
+
+/// The C driver's files, with its contents.
+fn debugfs(case: &mut Case) -> Result<()> {
+    const EXPECTED: &str = "virgl            : no
+edid             : yes
+indirect         : yes
+resource uuid    : no
+blob resources   : no
+context init     : no
+cap sets         : 0
+scanouts         : 1
+";
+    let vm = case.boot(&Machine::with_gpu("virtio-gpu-pci"))?;
+    let features = vm.run("cat /sys/kernel/debug/dri/0/virtio-gpu-features")?;
+    ensure!(features == EXPECTED, "virtio-gpu-features has {features}");
+    let fence = vm.run("cat /sys/kernel/debug/dri/0/virtio-gpu-irq-fence")?;
+    ensure!(
+        fence.starts_with("fence "),
+        "virtio-gpu-irq-fence has {fence}"
+    );
+    let memory = vm.run("cat /sys/kernel/debug/dri/0/virtio-gpu-host-visible-mm")?;
+    ensure!(
+        memory.trim() == "Host allocations not visible to guest",
+        "virtio-gpu-host-visible-mm has {memory}"
+    );
+    Ok(())
+}
+
+/// The checks that can be run by hand in any guest; those about time and framebuffers are cases of their own.
+fn selftest(case: &mut Case) -> Result<()> {
+    let vm = case.boot(&Machine::with_gpu("virtio-gpu-pci"))?;
+    let output =
+        vm.try_run("virtgpu-guest selftest identity dumb modes dirtyfb console suspend_devices")?;
+    ensure!(
+        output.code == 0,
+        "selftest ended with {}:\n{}{}",
+        output.code,
+        output.out,
+        output.err
+    );
+    let passed = output
+        .out
+        .lines()
+        .filter(|line| line.starts_with("ok ") && !line.contains("# SKIP"));
+    ensure!(passed.count() == 6, "a check was skipped:\n{}", output.out);
+    Ok(())
+}
+
+/// Without a kernel to ask, the case runs, and says what is missing.
+fn is_built_in() -> bool {
+    Kernel::from_env().is_ok_and(|kernel| kernel.modules.is_empty())
+}
+
+/// The module goes and comes, with the console and with a client in between.
+fn reload(case: &mut Case) -> Result<()> {
+    let module = case.kernel.driver.module();
+    let vm = case.boot(&Machine::with_gpu("virtio-gpu-pci"))?;
+    for round in 1..=3 {
+        let client = Client::start(vm, round, &[(1280, 800)])?;
+        client.draw(vm, round + 100)?;
+        client.end(vm)?;
+        vm.run("for console in /sys/class/vtconsole/vtcon[1-9]; do echo 0 > $console/bind; done")?;
+        vm.run(&format!("rmmod {module}"))?;
+        vm.run("load-driver")?;
+    }
+    Ok(())
+}
