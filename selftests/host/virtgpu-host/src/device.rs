@@ -960,7 +960,8 @@ impl Device {
                 let mut left = 0;
                 for (display, scanout) in displays.iter_mut().zip(&self.scanouts) {
                     *display = scanout.info(left);
-                    left += scanout.size.0;
+                    // Displays may be as absurd as a test wants them.
+                    left = left.wrapping_add(scanout.size.0);
                 }
                 Ok(Done::DisplayInfo(displays))
             }
@@ -979,7 +980,7 @@ impl Device {
                 if width == 0 || height == 0 {
                     return Err(invalid("empty-resource", "the resource has no pixels"));
                 }
-                let size = u64::from(width) * u64::from(height) * u64::from(Format::BYTES);
+                let size = pixels_size(width, height);
                 self.check_new(resource_id, size)?;
                 let image = Image::new(format, width, height);
                 self.insert(resource_id, Resource::new(Kind::Image(image)));
@@ -1157,7 +1158,7 @@ impl Device {
                 if width == 0 || height == 0 || depth == 0 || array_size == 0 {
                     return Err(invalid("empty-resource", "the resource has no pixels"));
                 }
-                let size = u64::from(width) * u64::from(height) * u64::from(Format::BYTES);
+                let size = pixels_size(width, height);
                 let (kind, size) = match Format::from_wire(format) {
                     Some(format) if depth == 1 && array_size == 1 => (Some(format), size),
                     _ => (None, 0),
@@ -1295,7 +1296,11 @@ impl Device {
                 within(&r, image.width, image.height)?;
                 image.format
             }
-            Kind::Opaque => Format::B8G8R8X8,
+            // Accepted, as everything else about it, and nothing is shown.
+            Kind::Opaque => {
+                self.scanout(scanout_id)?.disable();
+                return Ok(Done::NoData);
+            }
             Kind::Blob(_) => return Err(invalid("blob", "a blob needs SET_SCANOUT_BLOB")),
         };
         self.show(
@@ -1341,8 +1346,9 @@ impl Device {
             let text = format!("a stride of {} bytes for {width} pixels", strides[0]);
             return Err(invalid("stride", text));
         }
-        let end =
-            u64::from(offsets[0]) + u64::from(strides[0]) * (u64::from(height).max(1) - 1) + line;
+        let end = u64::from(strides[0])
+            .saturating_mul(u64::from(height) - 1)
+            .saturating_add(line + u64::from(offsets[0]));
         if end > size {
             let text = format!("the framebuffer ends at {end}, the blob at {size}");
             return Err(invalid("past-backing", text));
@@ -1364,6 +1370,12 @@ impl Device {
 
     fn show(&mut self, scanout: u32, format: Format, source: Source) -> Result<Done, Refusal> {
         let Rect { width, height, .. } = source.rect;
+        // A blob may have the same memory many times over.
+        let size = pixels_size(width, height);
+        if size > MAX_HOST_MEMORY {
+            let text = format!("a display of {size} bytes");
+            return Err(refuse(ResponseType::ErrOutOfMemory, "host-memory", text));
+        }
         let scanout = self.scanout(scanout)?;
         let fits = scanout
             .screen
@@ -1691,6 +1703,11 @@ impl Device {
         }
         Ok(())
     }
+}
+
+/// The size of so many pixels in bytes, or as much as there is not.
+fn pixels_size(width: u32, height: u32) -> u64 {
+    (u64::from(width) * u64::from(height)).saturating_mul(Format::BYTES.into())
 }
 
 fn known_format(format: u32) -> Result<Format, Refusal> {

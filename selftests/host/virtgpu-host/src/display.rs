@@ -138,7 +138,7 @@ pub fn edid(scanout: u32, size: (u32, u32)) -> [u8; 128] {
     // EDID 1.4, digital, 8 bits a colour, DisplayPort.
     edid[18..21].copy_from_slice(&[1, 4, 0xa5]);
     // Size in centimetres, at 96 dots an inch.
-    let millimetres = |pixels: u32| pixels * 254 / 960;
+    let millimetres = |pixels: u32| (u64::from(pixels) * 254 / 960).min(4095) as u32;
     edid[21] = (millimetres(size.0) / 10).min(255) as u8;
     edid[22] = (millimetres(size.1) / 10).min(255) as u8;
     // Gamma 2.2; RGB, the first timing is the native one.
@@ -181,7 +181,7 @@ fn timing((width, height): (u32, u32), millimetres: impl Fn(u32) -> u32) -> Opti
     }
     let clock = u64::from(width + H_BLANK) * u64::from(height + V_BLANK) * 60 / 10_000;
     let clock = u16::try_from(clock).ok()?.to_le_bytes();
-    let (h_mm, v_mm) = (millimetres(width).min(4095), millimetres(height).min(4095));
+    let (h_mm, v_mm) = (millimetres(width), millimetres(height));
     Some([
         clock[0],
         clock[1],
