@@ -275,7 +275,7 @@ impl virtio::Driver for VirtioDriver {
 
     fn config_changed(_dev: &virtio::Device<Bound>, this: Pin<&Self::Data<'_>>) {
         // Already queued is as good.
-        let _ = workqueue::system().enqueue::<ARef<Device>, 0>(this.drm.clone());
+        let _ = workqueue::system_percpu().enqueue::<ARef<Device>, 0>(this.drm.clone());
     }
 
     fn freeze<'bound>(

@@ -339,8 +339,8 @@ impl virtio::queue::Handler<NUM_QUEUES> for Engine {
 
         // Already queued is as good.
         let _ = match index {
-            CTRL => workqueue::system().enqueue::<Arc<_>, 0>(queues),
-            _ => workqueue::system().enqueue::<Arc<_>, 1>(queues),
+            CTRL => workqueue::system_percpu().enqueue::<Arc<_>, 0>(queues),
+            _ => workqueue::system_percpu().enqueue::<Arc<_>, 1>(queues),
         };
     }
 }
@@ -402,7 +402,7 @@ fn dequeue(queues: &Arc<Virtqueues<Engine, NUM_QUEUES>>, index: usize) {
     drop(guard);
 
     if engine.released.lock().is_some() {
-        let _ = workqueue::system().enqueue::<Arc<_>, 2>(queues.clone());
+        let _ = workqueue::system_percpu().enqueue::<Arc<_>, 2>(queues.clone());
     }
 }
 
