@@ -983,7 +983,7 @@ fn random_commands() {
         host_visible: 1 << 20,
         ..Options::default()
     });
-    for round in 0..200_000 {
+    for round in 0..50_000 {
         let (kind, _) = Command::ALL[random.below(Command::ALL.len() as u64) as usize];
         let size = Command::size(kind).unwrap() + random.below(3) as usize * 16;
         // Small numbers, so that some of them mean something.
