@@ -92,7 +92,9 @@ unsafe impl<T: Driver> driver::RegistrationOps for Adapter<T> {
                 (*vdrv).restore = Some(Self::restore_callback);
             }
             if T::HAS_SUSPEND || T::HAS_RESUME {
-                (*vdrv).driver.pm = &Self::PM_OPS;
+                let pm: &'static bindings::dev_pm_ops = &Self::PM_OPS;
+
+                (*vdrv).driver.pm = pm;
             }
         }
 

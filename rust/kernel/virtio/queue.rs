@@ -744,9 +744,9 @@ impl<H: Handler<N>, const N: usize> Virtqueues<H, N> {
     pub fn stop(&self, dev: &Device<Bound>, mut reclaim: impl FnMut(usize, H::Token)) {
         let mut device = self.device.lock();
 
-        if !device
+        if device
             .as_ref()
-            .is_some_and(|device| device.as_raw() == dev.as_raw())
+            .is_none_or(|device| device.as_raw() != dev.as_raw())
         {
             return;
         }
