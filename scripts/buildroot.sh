@@ -19,7 +19,7 @@ packages=(
 	# The guest and its host.
 	qemu-system-x86 qemu-system-gui qemu-system-modules-opengl virgl-server busybox-static libdrm-tests e2fsprogs
 	# The checks.
-	perl python3 codespell shellcheck
+	perl python3 python3-git python3-ply codespell shellcheck
 	# This set-up.
 	ca-certificates xz-utils rsync git gdb-minimal
 )

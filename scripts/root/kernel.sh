@@ -11,19 +11,20 @@
 outside=$1
 JOBS=${JOBS:-$(nproc)}
 
-# The configuration: a fragment, over allnoconfig.
+# The configuration: a fragment, over allnoconfig. Two of its comments mean something: "# with: guest" puts another fragment before it, and
+# "# make: LLVM=-19" is given to make.
 name=${KERNEL_CONFIG:-guest}
 fragment=/src/scripts/configs/$name
 if [ -e /config ]; then
 	name=$(basename "$name")-$(hash </config)
 	fragment=/config
 fi
-cp "$fragment" /tmp/fragment
+base=$(sed -n 's,^# with: ,/src/scripts/configs/,p' "$fragment")
+cat ${base:+"$base"} "$fragment" >/tmp/fragment
 if [ "${DRM_VIRTGPU_RS:-m}" = y ]; then
 	sed -i -E '/^CONFIG_DRM_VIRT(GPU_RS|IO_GPU(_KMS)?)=/d' /tmp/fragment
 	printf 'CONFIG_DRM_VIRTGPU_RS=y\n' >>/tmp/fragment
 fi
-# A line "# make: LLVM=-19" in the fragment is given to make.
 read -r -a make_arguments < <(sed -n 's/^# make: //p' /tmp/fragment) || true
 
 # Sets $out.
