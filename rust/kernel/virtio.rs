@@ -453,6 +453,9 @@ pub trait Driver {
     }
 
     /// The way back from [`Driver::suspend`], after [`Driver::restore`].
+    ///
+    /// `phase` need not be the one of the last [`Driver::suspend`]: the kernel in a hibernation
+    /// image was last told of [`PmPhase::Freeze`], and finds itself in [`PmPhase::PowerOff`].
     fn resume<'bound>(
         dev: &'bound Device<device::Core<'_>>,
         this: Pin<&Self::Data<'bound>>,
@@ -479,7 +482,7 @@ pub trait Driver {
 ///
 /// - NULL;
 /// - `CLOSED`, after which it does not change until the device is probed again;
-/// - a pointer to the [`queue::Link`] of the `Virtqueues` that are connected to this device, or are
+/// - a pointer to the `queue::Link` of the `Virtqueues` that are connected to this device, or are
 ///   about to be, which owns a reference to them.
 #[repr(transparent)]
 pub struct Device<Ctx: device::DeviceContext = device::Normal>(
