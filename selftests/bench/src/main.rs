@@ -1,0 +1,411 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Measures the driver and Linux's C driver side by side: the same kernel, the same operations, in executed instructions of the guest
+//! and in what arrives at the host. Nothing depends on how fast the machine is.
+
+mod counts;
+mod figures;
+mod host;
+mod plot;
+mod programs;
+mod symbols;
+
+use std::fmt::Write as _;
+use std::fs;
+use std::path::{
+    Path,
+    PathBuf, //
+};
+use std::process::ExitCode;
+use std::time::Duration;
+
+use anyhow::{
+    Context,
+    Result,
+    bail,
+    ensure, //
+};
+use clap::Parser;
+use virtgpu_guest::wire::Report;
+use virtgpu_lab::kernel::{
+    self,
+    Driver,
+    Kernel, //
+};
+use virtgpu_lab::screen;
+use virtgpu_lab::vm::{
+    Machine,
+    Mark,
+    Note,
+    Program,
+    Vm, //
+};
+
+use crate::counts::Counts;
+use crate::figures::{
+    Figures,
+    MEASURED,
+    REFERENCE, //
+};
+use crate::host::Traffic;
+use crate::symbols::{
+    Image,
+    Modules,
+    Symbols, //
+};
+
+/// How long a measurement may take. Most take a second; the machine may be slow or busy.
+const LIMIT: Duration = Duration::from_secs(400);
+
+/// Measures the drivers side by side, prints a table, and leaves results.csv, results.png and profiles in VIRTGPU_RUN.
+#[derive(Parser)]
+#[command(version)]
+struct Arguments {
+    /// Measure this driver only: rust or c. It may be given more than once.
+    #[arg(long, value_parser = parse_driver)]
+    driver: Vec<Driver>,
+    /// How many buffers of 1 MiB are alive while the devices are suspended. It may be given more than once.
+    #[arg(long, default_values_t = [1, 16, 256, 1024])]
+    buffers: Vec<u32>,
+    /// Leave out everything but suspend.
+    #[arg(long)]
+    only_suspend: bool,
+}
+
+fn parse_driver(name: &str) -> Result<Driver> {
+    match name {
+        REFERENCE => Ok(Driver::C),
+        MEASURED => Ok(Driver::Rust),
+        _ => bail!("the drivers are {REFERENCE} and {MEASURED}"),
+    }
+}
+
+fn name_of(driver: Driver) -> &'static str {
+    match driver {
+        Driver::C => REFERENCE,
+        Driver::Rust => MEASURED,
+    }
+}
+
+fn main() -> ExitCode {
+    match run(&Arguments::parse()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("virtgpu-bench: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(arguments: &Arguments) -> Result<()> {
+    let dir = kernel::results()?;
+    let bench = Bench {
+        plugin: programs::plugin(&dir)?,
+        guest: programs::guest(&dir)?,
+        image: Image::read(&kernel::vmlinux()?)?,
+        dir,
+    };
+    let drivers = match &arguments.driver[..] {
+        [] => &[Driver::C, Driver::Rust],
+        chosen => chosen,
+    };
+    let mut figures = Figures::default();
+    for driver in drivers {
+        let kernel = Kernel::with_driver(*driver)?;
+        if !arguments.only_suspend {
+            println!("measuring the {driver} driver");
+            bench.operations(&kernel, &mut figures)?;
+        }
+        for buffers in &arguments.buffers {
+            println!("measuring the {driver} driver's suspend with {buffers} MiB of buffers");
+            bench.suspend(&kernel, *buffers, &mut figures)?;
+        }
+    }
+    fs::write(bench.dir.join("results.csv"), figures.csv())?;
+    let table = figures.table();
+    fs::write(bench.dir.join("results.md"), &table)?;
+    println!("\n{table}");
+    plot::draw(&figures, &bench.dir.join("results.png"))?;
+    println!("everything else is in {}", bench.dir.display());
+    Ok(())
+}
+
+/// An operation that the guest did.
+struct Done {
+    name: String,
+    times: u64,
+    nanoseconds: u64,
+}
+
+/// What is the same for all guests.
+struct Bench {
+    plugin: PathBuf,
+    guest: PathBuf,
+    image: Image,
+    dir: PathBuf,
+}
+
+/// A guest that is measured.
+struct Guest<'a> {
+    vm: Vm,
+    counts: PathBuf,
+    symbols: Symbols<'a>,
+    driver: Driver,
+}
+
+impl Bench {
+    fn boot(&self, kernel: &Kernel, name: &str) -> Result<Guest<'_>> {
+        let dir = self.dir.join(format!("{}-{name}", name_of(kernel.driver)));
+        fs::create_dir_all(&dir)?;
+        let counts = dir.join("counts");
+        let mut plugin = format!("{},out={}", self.plugin.display(), counts.display());
+        // The bus's functions, which call the driver's.
+        for (span, function) in [
+            (host::FREEZE, "virtio_device_freeze"),
+            (host::RESTORE, "virtio_device_restore_priv"),
+        ] {
+            let function = self.image.function(function)?;
+            write!(
+                plugin,
+                ",span={span}:{:x}:{:x}",
+                function.start, function.end
+            )?;
+        }
+        for function in ["vp_notify", "vp_notify_with_data"] {
+            let function = self.image.function(function)?;
+            write!(plugin, ",point={}:{:x}", host::KICK, function.start)?;
+        }
+        let mut arguments = vec![
+            String::from("-plugin"),
+            plugin,
+            "-d".into(),
+            "guest_errors,plugin".into(),
+            "-m".into(),
+            "3G".into(),
+        ];
+        for event in host::EVENTS {
+            arguments.extend([String::from("-trace"), event.to_string()]);
+        }
+        let machine = Machine {
+            icount: true,
+            append: "nokaslr".into(),
+            programs: vec![self.guest.clone()],
+            arguments,
+            // What the host keeps of the resources is limited to 256 MiB otherwise.
+            ..Machine::with_gpu("virtio-gpu-pci,max_hostmem=4G")
+        };
+        let mut vm = Vm::boot(kernel, &machine, &dir)?;
+        // A cursor that blinks would be measured as well.
+        vm.run("echo 0 > /sys/class/graphics/fbcon/cursor_blink")?;
+        let modules = Modules::parse(&vm.run("grep '\\[' /proc/kallsyms")?)?;
+        Ok(Guest {
+            vm,
+            counts,
+            symbols: Symbols {
+                image: &self.image,
+                modules,
+            },
+            driver: kernel.driver,
+        })
+    }
+
+    fn operations(&self, kernel: &Kernel, figures: &mut Figures) -> Result<()> {
+        let mut guest = self.boot(kernel, "operations")?;
+        let program = guest.vm.start_program(&["virtgpu-bench", "operations"])?;
+        let mut done = Vec::new();
+        let mut mark = guest.vm.mark();
+        while let Some(line) = next_line(&mut guest.vm, program, mark)? {
+            mark = guest.vm.mark();
+            match line.split(' ').collect::<Vec<_>>()[..] {
+                ["measured", name, times, nanoseconds] => done.push(Done {
+                    name: name.into(),
+                    times: times.parse()?,
+                    nanoseconds: nanoseconds.parse()?,
+                }),
+                _ => println!("  {line}"),
+            }
+        }
+        guest.evaluate(&done, figures)
+    }
+
+    fn suspend(&self, kernel: &Kernel, buffers: u32, figures: &mut Figures) -> Result<()> {
+        let mut guest = self.boot(kernel, &format!("suspend-{buffers}"))?;
+        guest.vm.run("echo devices > /sys/power/pm_test")?;
+        let mark = guest.vm.mark();
+        let program =
+            guest
+                .vm
+                .start_program(&["virtgpu-bench", "suspend", &buffers.to_string()])?;
+        let expect = |guest: &mut Guest<'_>, mark, text: &str| -> Result<String> {
+            let line = next_line(&mut guest.vm, program, mark)?.context("it has ended")?;
+            ensure!(line.starts_with(text), "'{line}' instead of '{text}'");
+            Ok(line)
+        };
+        expect(&mut guest, mark, "before")?;
+        let before = screen::dump(&mut guest.vm, 0)?;
+        ensure!(!screen::is_black(&before), "nothing is drawn");
+        let mark = guest.vm.mark();
+        guest.vm.say(program, "")?;
+        let line = expect(&mut guest, mark, "measured")?;
+        let words: Vec<_> = line.split(' ').collect();
+        let done = Done {
+            name: format!("suspend_{buffers}"),
+            times: 1,
+            nanoseconds: words.last().context("no time")?.parse()?,
+        };
+        let (after, right) = screen::watch(&mut guest.vm, 0, screen::SCREEN_LIMIT, |picture| {
+            *picture == before
+        })?;
+        after.save(guest.vm.dir.join("after.png"))?;
+        guest.evaluate(&[done], figures)?;
+        guest.evaluate_spans(buffers, right, figures)?;
+        Ok(())
+    }
+}
+
+/// Returns the next line of a program, or nothing if it has ended well.
+fn next_line(vm: &mut Vm, program: Program, mark: Mark) -> Result<Option<String>> {
+    let mut complaints = String::new();
+    vm.wait(
+        "the guest's part of the benchmark",
+        mark,
+        LIMIT,
+        |note| match note {
+            Note::Agent(Report::Out { id, text }) if program.is(*id) => {
+                Some(Ok(Some(text.clone())))
+            }
+            Note::Agent(Report::Err { id, text }) if program.is(*id) => {
+                complaints += text;
+                None
+            }
+            Note::Agent(Report::Ended { id, code }) if program.is(*id) => Some(match code {
+                0 => Ok(None),
+                _ => Err(anyhow::anyhow!("it ended with {code}: {complaints}")),
+            }),
+            _ => None,
+        },
+    )?
+}
+
+impl Guest<'_> {
+    fn read(&self) -> Result<(Vec<counts::Interval>, Vec<host::Interval>)> {
+        let log = fs::read(self.vm.dir.join("qemu.log"))?;
+        Ok((
+            counts::parse(&fs::read_to_string(&self.counts)?)?,
+            host::parse(&String::from_utf8_lossy(&log))?,
+        ))
+    }
+
+    /// Notes the figures of the operations that were done, each for one time.
+    fn evaluate(&self, done: &[Done], figures: &mut Figures) -> Result<()> {
+        let (counted, arrived) = self.read()?;
+        ensure!(
+            counted.len() == done.len() && arrived.len() == done.len(),
+            "{} operations were done, {} counted, {} seen at the host",
+            done.len(),
+            counted.len(),
+            arrived.len()
+        );
+        for ((done, counted), arrived) in done.iter().zip(&counted).zip(&arrived) {
+            let times = done.times as f64;
+            self.add(
+                figures,
+                &done.name,
+                times,
+                &counted.counts,
+                &arrived.traffic,
+            )?;
+            let microseconds = done.nanoseconds as f64 / 1e3 / times;
+            figures.add(&done.name, self.name(), "clock_us", microseconds);
+        }
+        Ok(())
+    }
+
+    /// Notes the figures of the device's part of a suspend.
+    fn evaluate_spans(&self, buffers: u32, right: bool, figures: &mut Figures) -> Result<()> {
+        let (counted, arrived) = self.read()?;
+        let (counted, arrived) = (&counted[0], &arrived[0]);
+        for span in &counted.spans {
+            let name = format!("{}_{buffers}", span.name);
+            let traffic = arrived.spans.get(&span.name).cloned().unwrap_or_default();
+            self.add(figures, &name, 1.0, &span.counts, &traffic)?;
+            figures.add(&name, self.name(), "clock_us", span.duration as f64 / 1e3);
+            if span.name == host::RESTORE {
+                figures.add(&name, self.name(), "picture_right", right.into());
+                if let Some(frame) = arrived.first_frame
+                    && right
+                {
+                    let microseconds = (frame - span.begin) as f64 / 1e3;
+                    figures.add(&name, self.name(), "first_frame_us", microseconds);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn name(&self) -> &'static str {
+        name_of(self.driver)
+    }
+
+    fn add(
+        &self,
+        figures: &mut Figures,
+        operation: &str,
+        times: f64,
+        counts: &Counts,
+        traffic: &Traffic,
+    ) -> Result<()> {
+        let module = self.driver.module().replace('-', "_");
+        let parts = self.symbols.by_part(counts);
+        let total: u64 = parts.values().sum();
+        let mut add = |metric: &str, value: u64| {
+            figures.add(operation, self.name(), metric, value as f64 / times);
+        };
+        add("instructions", total);
+        add(
+            "instructions_module",
+            parts.get(&module).copied().unwrap_or(0),
+        );
+        for (part, count) in &parts {
+            if *part != module {
+                add(&format!("instructions_{part}"), *count);
+            }
+        }
+        add("commands", traffic.commands());
+        for (command, count) in &traffic.commands {
+            add(&format!("commands_{command}"), *count);
+        }
+        add("kicks", traffic.kicks);
+        add("interrupts", traffic.interrupts);
+        add("bytes", traffic.bytes);
+        self.write_profile(operation, times, counts, total)
+    }
+
+    /// Leaves the functions in which an operation's instructions were executed.
+    fn write_profile(
+        &self,
+        operation: &str,
+        times: f64,
+        counts: &Counts,
+        total: u64,
+    ) -> Result<()> {
+        let mut text = String::from("# instructions of one time, share, part, function\n");
+        for (part, function, count) in self.symbols.by_function(counts) {
+            writeln!(
+                text,
+                "{:12.1} {:5.1}% {part:16} {function}",
+                count as f64 / times,
+                100.0 * count as f64 / total as f64
+            )?;
+        }
+        let dir = profiles(&self.vm.dir)?;
+        fs::write(dir.join(format!("{operation}.txt")), text)?;
+        Ok(())
+    }
+}
+
+fn profiles(dir: &Path) -> Result<PathBuf> {
+    let profiles = dir.join("profiles");
+    fs::create_dir_all(&profiles)?;
+    Ok(profiles)
+}
