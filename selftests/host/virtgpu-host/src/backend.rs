@@ -33,6 +33,9 @@ use crate::vring::{Memory, Ring};
 /// The largest command that is read, in bytes.
 const MAX_COMMAND: usize = 16 << 20;
 
+/// How long the front-end takes at least from setting the memory to letting the guest go on.
+const MAX_START: Duration = Duration::from_millis(1);
+
 /// The queues, by number.
 const QUEUES: [QueueKind; 2] = [QueueKind::Control, QueueKind::Cursor];
 
@@ -83,6 +86,10 @@ pub struct State {
     backend: Option<Backend>,
     channel: Option<UnixStream>,
     kicks: [u64; QUEUES.len()],
+    /// Queues whose rings make no sense: not looked at until the next start.
+    broken: [bool; QUEUES.len()],
+    /// When the front-end was told that the guest's memory is known.
+    mem_at: Instant,
 }
 
 impl State {
@@ -208,6 +215,8 @@ impl Gpu {
                 backend: None,
                 channel: None,
                 kicks: [0; QUEUES.len()],
+                broken: [false; QUEUES.len()],
+                mem_at: Instant::now(),
             }),
             later: Condvar::new(),
             inherited: sys::open_descriptors()?,
@@ -296,6 +305,7 @@ impl Gpu {
                 Ok(chain) => chain?,
                 Err(error) => {
                     state.device.blame("ring", &error.to_string());
+                    state.broken[queue] = true;
                     return None;
                 }
             }
@@ -372,7 +382,10 @@ impl Gpu {
         let mem = mem.deref();
 
         if let Some(features) = state.starting.take() {
-            let early = state.rings.iter().map(Ring::take_early).sum();
+            // The front-end waits for an answer when it sets the memory, and for none when it then
+            // sets the addresses: if that was long ago, the guest may have gone on meanwhile.
+            let (mem_at, rings) = (state.mem_at, state.rings.iter());
+            let early = rings.map(|ring| ring.take_early(mem_at + MAX_START)).sum();
             let resumed = state.rings.iter().any(Ring::was_resumed);
             let work = state.device.start(features, resumed, early);
             let backend = state.backend.clone();
@@ -387,7 +400,7 @@ impl Gpu {
         let counter = format!("kicks_{}", QUEUES[queue].name());
         state.device.record.add(&counter, new);
 
-        loop {
+        while !state.broken[queue] {
             // Nothing can be suppressed on a queue that is not set up, and nothing is on it.
             let _ = state.rings[queue].disable_notification();
             let mut answered = false;
@@ -460,7 +473,9 @@ impl VhostUserBackend for Gpu {
 
     fn acked_features(&self, features: u64) {
         // The queues' addresses follow; the device starts when they are looked at.
-        self.state().starting = Some(features & !VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits());
+        let mut state = self.state();
+        state.starting = Some(features & !VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits());
+        state.broken = [false; QUEUES.len()];
     }
 
     fn protocol_features(&self) -> VhostUserProtocolFeatures {
@@ -498,7 +513,9 @@ impl VhostUserBackend for Gpu {
     }
 
     fn update_memory(&self, mem: Memory) -> io::Result<()> {
-        self.state().mem = Some(mem);
+        let mut state = self.state();
+        state.mem = Some(mem);
+        state.mem_at = Instant::now();
         Ok(())
     }
 

@@ -10,8 +10,9 @@ use std::sync::Arc;
 use serde_json::{json, Value};
 
 use crate::backend::Gpu;
-use crate::device::display;
+
 use crate::fault::{number, number32};
+use crate::options::display;
 
 /// What can be asked, for `--help`.
 pub const HELP: &str = "\

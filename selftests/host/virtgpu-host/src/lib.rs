@@ -12,6 +12,7 @@ pub mod control;
 pub mod device;
 pub mod display;
 pub mod fault;
+pub mod options;
 pub mod record;
 pub mod resource;
 mod sys;

@@ -12,8 +12,9 @@ use clap::{Parser, Subcommand, ValueEnum};
 use vhost_user_backend::VhostUserDaemon;
 use virtgpu_host::backend::{Gpu, Transport};
 use virtgpu_host::control;
-use virtgpu_host::device::{self, Capset, Conduct, Device, Options};
+use virtgpu_host::device::Device;
 use virtgpu_host::fault::{Faults, RandomFaults, Rule};
+use virtgpu_host::options::{self, Capset, Conduct, Options};
 use virtgpu_host::record::Record;
 use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
 
@@ -83,7 +84,7 @@ struct Arguments {
     capset: Vec<Capset>,
 
     /// Have host-visible memory of this size: bytes, or with K, M or G
-    #[arg(long, value_name = "SIZE", default_value = "0", value_parser = device::memory_size)]
+    #[arg(long, value_name = "SIZE", default_value = "0", value_parser = options::memory_size)]
     host_visible: u64,
 
     /// The feature bit that FREEZING is offered on, or `off`
@@ -135,7 +136,7 @@ fn options(arguments: &Arguments) -> Result<Options, String> {
     let displays: Result<_, _> = arguments
         .display
         .iter()
-        .map(|d| device::display(d))
+        .map(|d| options::display(d))
         .collect();
     let freezing = match arguments.freezing.as_str() {
         "off" => None,

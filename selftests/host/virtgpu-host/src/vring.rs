@@ -8,6 +8,7 @@ use std::num::Wrapping;
 use std::ops::Deref;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::Instant;
 
 use vhost_user_backend::{VringMutex, VringState, VringStateGuard, VringStateMutGuard, VringT};
 use virtio_queue::{Error, QueueT};
@@ -21,8 +22,8 @@ pub type Memory = GuestMemoryAtomic<GuestMemoryMmap>;
 struct Counts {
     /// The notifications so far.
     kicks: AtomicU64,
-    /// The commands that were queued when the addresses were set, that is, before DRIVER_OK.
-    early: AtomicU64,
+    /// The commands that were queued when the addresses were set, and when that was.
+    early: Mutex<Option<(u64, Instant)>>,
     /// Where the queue started: 0 after a reset.
     base: AtomicU64,
     /// Whether a command was taken since the start.
@@ -50,9 +51,11 @@ impl Ring {
         self.counts.seen.store(true, Ordering::Relaxed);
     }
 
-    /// The number of commands that were queued before DRIVER_OK, once.
-    pub fn take_early(&self) -> u64 {
-        self.counts.early.swap(0, Ordering::Relaxed)
+    /// The number of commands that were queued before DRIVER_OK, once. If the addresses were set
+    /// after `latest`, that is not known, and 0.
+    pub fn take_early(&self, latest: Instant) -> u64 {
+        let early = self.counts.early.lock().unwrap().take();
+        early.map_or(0, |(number, at)| if at < latest { number } else { 0 })
     }
 
     /// Whether the queue started where it had stopped, instead of anew.
@@ -133,14 +136,13 @@ impl VringT<Memory> for Ring {
         self.inner.set_queue_next_avail(base);
     }
 
-    /// The last message that the front-end sends about the addresses, while the guest waits for
-    /// its write of DRIVER_OK to be done.
+    /// What the crate does last when it is told the addresses.
     fn set_queue_next_used(&self, idx: u16) {
         self.inner.set_queue_next_used(idx);
         self.counts.seen.store(false, Ordering::Relaxed);
         if !self.was_resumed() {
             let early = self.waiting();
-            self.counts.early.store(early, Ordering::Relaxed);
+            *self.counts.early.lock().unwrap() = Some((early, Instant::now()));
         }
     }
 

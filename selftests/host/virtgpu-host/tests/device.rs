@@ -7,10 +7,9 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use serde_json::Value;
-use virtgpu_host::device::{
-    Answer, Capset, Conduct, Device, Incoming, Options, Outcome, QueueKind,
-};
+use virtgpu_host::device::{Answer, Device, Incoming, Outcome, QueueKind};
 use virtgpu_host::fault::Faults;
+use virtgpu_host::options::{Capset, Conduct, Options};
 use virtgpu_host::record::Record;
 use virtio_gpu_protocol::{
     Command, Entries, Header, MemEntry, Rect, Request, Response, ResponseType, Tail, Wire,
