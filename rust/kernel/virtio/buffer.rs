@@ -42,9 +42,11 @@ impl DmaPages {
     pub(super) fn new(len: usize) -> Result<Self> {
         let len = page_align(len).filter(|len| *len > 0).ok_or(EINVAL)?;
 
+        // The device may have a say in the length, so that there may not be that much memory.
+        let flags = GFP_KERNEL | __GFP_ZERO | __GFP_NOWARN;
+
         // SAFETY: `len` is not zero.
-        let memory =
-            unsafe { bindings::alloc_pages_exact_noprof(len, (GFP_KERNEL | __GFP_ZERO).as_raw()) };
+        let memory = unsafe { bindings::alloc_pages_exact_noprof(len, flags.as_raw()) };
 
         // INVARIANT: It was just allocated. Pages are a multiple of eight bytes.
         Ok(Self {

@@ -16,7 +16,6 @@ use super::{
     Device, //
 };
 use crate::{
-    alloc::flags::__GFP_NOWARN,
     bindings,
     container_of,
     device::Bound,
