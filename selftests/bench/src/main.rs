@@ -22,6 +22,7 @@ use std::time::Duration;
 use anyhow::{
     Context,
     Result,
+    anyhow,
     bail,
     ensure, //
 };
@@ -211,11 +212,13 @@ impl Bench {
 
     fn operations(&self, kernel: &Kernel, figures: &mut Figures) -> Result<()> {
         let mut guest = self.boot(kernel, "operations")?;
+        let start = guest.vm.mark();
         let program = guest.vm.start_program(&["virtgpu-bench", "operations"])?;
         let mut done = Vec::new();
-        let mut mark = guest.vm.mark();
-        while let Some(line) = next_line(&mut guest.vm, program, mark)? {
-            mark = guest.vm.mark();
+        for number in 0.. {
+            let Some(line) = line(&mut guest.vm, program, start, number)? else {
+                break;
+            };
             match line.split(' ').collect::<Vec<_>>()[..] {
                 ["measured", name, times, nanoseconds] => done.push(Done {
                     name: name.into(),
@@ -231,22 +234,21 @@ impl Bench {
     fn suspend(&self, kernel: &Kernel, buffers: u32, figures: &mut Figures) -> Result<()> {
         let mut guest = self.boot(kernel, &format!("suspend-{buffers}"))?;
         guest.vm.run("echo devices > /sys/power/pm_test")?;
-        let mark = guest.vm.mark();
-        let program =
-            guest
-                .vm
-                .start_program(&["virtgpu-bench", "suspend", &buffers.to_string()])?;
-        let expect = |guest: &mut Guest<'_>, mark, text: &str| -> Result<String> {
-            let line = next_line(&mut guest.vm, program, mark)?.context("it has ended")?;
+        let start = guest.vm.mark();
+        let buffers_argument = buffers.to_string();
+        let program = guest
+            .vm
+            .start_program(&["virtgpu-bench", "suspend", &buffers_argument])?;
+        let expect = |guest: &mut Guest<'_>, number, text: &str| -> Result<String> {
+            let line = line(&mut guest.vm, program, start, number)?.context("it has ended")?;
             ensure!(line.starts_with(text), "'{line}' instead of '{text}'");
             Ok(line)
         };
-        expect(&mut guest, mark, "before")?;
+        expect(&mut guest, 0, "before")?;
         let before = screen::dump(&mut guest.vm, 0)?;
         ensure!(!screen::is_black(&before), "nothing is drawn");
-        let mark = guest.vm.mark();
         guest.vm.say(program, "")?;
-        let line = expect(&mut guest, mark, "measured")?;
+        let line = expect(&mut guest, 1, "measured")?;
         let words: Vec<_> = line.split(' ').collect();
         let done = Done {
             name: format!("suspend_{buffers}"),
@@ -263,16 +265,18 @@ impl Bench {
     }
 }
 
-/// Returns the next line of a program, or nothing if it has ended well.
-fn next_line(vm: &mut Vm, program: Program, mark: Mark) -> Result<Option<String>> {
+/// Returns a line of a program's that was started after `start`, counted from 0, or nothing if it has ended well before.
+fn line(vm: &mut Vm, program: Program, start: Mark, number: usize) -> Result<Option<String>> {
     let mut complaints = String::new();
+    let mut seen = 0;
     vm.wait(
         "the guest's part of the benchmark",
-        mark,
+        start,
         LIMIT,
         |note| match note {
             Note::Agent(Report::Out { id, text }) if program.is(*id) => {
-                Some(Ok(Some(text.clone())))
+                seen += 1;
+                (seen == number + 1).then(|| Ok(Some(text.clone())))
             }
             Note::Agent(Report::Err { id, text }) if program.is(*id) => {
                 complaints += text;
@@ -280,7 +284,7 @@ fn next_line(vm: &mut Vm, program: Program, mark: Mark) -> Result<Option<String>
             }
             Note::Agent(Report::Ended { id, code }) if program.is(*id) => Some(match code {
                 0 => Ok(None),
-                _ => Err(anyhow::anyhow!("it ended with {code}: {complaints}")),
+                _ => Err(anyhow!("it ended with {code}: {complaints}")),
             }),
             _ => None,
         },
