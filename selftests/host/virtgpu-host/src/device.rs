@@ -530,10 +530,19 @@ impl Device {
         if !ring && request.header.ring_idx != 0 {
             self.find("ring-idx", "a ring index without its flag");
         }
-        let freezing = matches!(command, Command::StatusFreezing { .. });
-        if self.power == Power::Promised && !freezing {
+        // If the suspend was called off, the guest may look what is there before it says so.
+        let draws = matches!(
+            command,
+            Command::TransferToHost2d { .. }
+                | Command::TransferToHost3d { .. }
+                | Command::ResourceFlush { .. }
+                | Command::Submit3d { .. }
+                | Command::UpdateCursor { .. }
+                | Command::MoveCursor { .. }
+        );
+        if draws && self.power == Power::Promised {
             self.find(
-                "command-while-frozen",
+                "drawing-while-frozen",
                 "after FREEZING=1 was answered and before the reset",
             );
         }

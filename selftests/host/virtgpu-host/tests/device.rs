@@ -777,12 +777,17 @@ fn lenient_thaw_keeps() {
 }
 
 #[test]
-fn freezing_is_the_last_command() {
+fn nothing_is_drawn_while_frozen() {
     let mut guest = Guest::new();
     guest.show_picture();
     guest.send(freezing(1));
     guest.send(flush(1, rect(0, 0, 4, 2)));
-    assert_eq!(guest.rules(), ["command-while-frozen"]);
+    assert_eq!(guest.rules(), ["drawing-while-frozen"]);
+    // A suspend that was called off.
+    guest.device.record.violations.clear();
+    guest.send(unref(1));
+    guest.send(freezing(0));
+    assert!(guest.rules().is_empty());
 }
 
 #[test]
