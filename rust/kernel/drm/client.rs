@@ -25,7 +25,8 @@ use core::ptr;
 pub fn setup<T: kms::Driver>(registration: &drm::Registration<'_, T>) {
     let dev = registration.device();
 
-    if dev.has_modeset() {
+    // SAFETY: Registration has consumed the `UnregisteredDevice`.
+    if unsafe { dev.has_modeset() } {
         // SAFETY: `dev` is a valid device that was registered, with a complete mode configuration.
         unsafe { bindings::drm_client_setup(dev.as_raw(), ptr::null()) };
     }

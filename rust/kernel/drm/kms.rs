@@ -34,7 +34,7 @@ use crate::{
     types::{
         NotThreadSafe,
         Opaque, //
-    },
+    }, //
 };
 use core::{
     cell::Cell,
@@ -194,8 +194,7 @@ impl<D: Driver> drm::UnregisteredDevice<D> {
     ///
     /// # Errors
     ///
-    /// - `EBUSY` if it was called before on this device.
-    /// - `EINVAL` if a limit in `config` is larger than [`i32::MAX`].
+    /// `EBUSY` if it was called before on this device, `ENOMEM`.
     ///
     /// C counterpart: `drmm_mode_config_init()`.
     pub fn kms_setup(&self, config: ModeConfig) -> Result<Setup<'_, D>> {
@@ -205,9 +204,6 @@ impl<D: Driver> drm::UnregisteredDevice<D> {
                 "a KMS driver must set FEAT_MODESET and FEAT_ATOMIC"
             )
         };
-
-        let (min_width, min_height) = (config.min_width.try_into()?, config.min_height.try_into()?);
-        let (max_width, max_height) = (config.max_width.try_into()?, config.max_height.try_into()?);
 
         let raw = self.as_raw();
 
@@ -226,10 +222,10 @@ impl<D: Driver> drm::UnregisteredDevice<D> {
 
         // SAFETY: As above.
         unsafe {
-            (*mode_config).min_width = min_width;
-            (*mode_config).min_height = min_height;
-            (*mode_config).max_width = max_width;
-            (*mode_config).max_height = max_height;
+            (*mode_config).min_width = config.min_width;
+            (*mode_config).min_height = config.min_height;
+            (*mode_config).max_width = config.max_width;
+            (*mode_config).max_height = config.max_height;
             (*mode_config).quirk_addfb_prefer_host_byte_order = config.prefer_host_byte_order;
             (*mode_config).fb_modifiers_not_supported = true;
             (*mode_config).helper_private = &Vtables::<D>::MODE_CONFIG_HELPER;

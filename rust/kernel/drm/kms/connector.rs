@@ -194,9 +194,7 @@ impl<C: DriverConnector> Connector<C> {
     ) -> bindings::drm_connector_status {
         // SAFETY: By the safety requirements of this function.
         match C::detect(unsafe { Self::from_raw(connector) }) {
-            ConnectorStatus::Connected => {
-                bindings::drm_connector_status_connector_status_connected
-            }
+            ConnectorStatus::Connected => bindings::drm_connector_status_connector_status_connected,
             ConnectorStatus::Disconnected => {
                 bindings::drm_connector_status_connector_status_disconnected
             }
@@ -227,8 +225,7 @@ impl<C: DriverConnector> Connector<C> {
         mode: *const bindings::drm_display_mode,
     ) -> bindings::drm_mode_status {
         // SAFETY: By the safety requirements of this function.
-        let (connector, mode) =
-            unsafe { (Self::from_raw(connector), DisplayMode::from_raw(mode)) };
+        let (connector, mode) = unsafe { (Self::from_raw(connector), DisplayMode::from_raw(mode)) };
 
         C::mode_valid(connector, mode).as_raw()
     }
@@ -271,9 +268,8 @@ impl Probe<'_> {
     /// C counterpart: `drm_add_modes_noedid()`.
     pub fn add_modes_noedid(&mut self, max_width: u32, max_height: u32) -> u32 {
         // SAFETY: By the type invariants.
-        let count = unsafe {
-            bindings::drm_add_modes_noedid(self.connector, max_width, max_height)
-        };
+        let count =
+            unsafe { bindings::drm_add_modes_noedid(self.connector, max_width, max_height) };
         count.try_into().unwrap_or(0)
     }
 

@@ -53,8 +53,8 @@ impl<C: DriverConnector> Connector<C> {
     /// Takes over what an EDID says about the display, and sets the `EDID` property.
     ///
     /// With [`None`], the display is one that doesn't say anything. The bytes may be anything: what
-    /// isn't an EDID counts as none, and blocks that are missing or broken are left out. User space
-    /// may override the EDID, in which case the bytes aren't looked at.
+    /// isn't an EDID, or has fewer blocks than it claims, counts as none. User space may override
+    /// the EDID, in which case the bytes aren't looked at.
     ///
     /// Must be called from process context. It takes the lock of the mode configuration, hence it
     /// mustn't be called from the callbacks of mode objects.

@@ -39,9 +39,7 @@ impl<D: Driver> Framebuffer<D> {
     ///
     /// `ptr` must be `NULL`, or point to a framebuffer of a device of driver `D` that stays valid
     /// for the duration of `'a`.
-    pub(super) unsafe fn from_raw_opt<'a>(
-        ptr: *mut bindings::drm_framebuffer,
-    ) -> Option<&'a Self> {
+    pub(super) unsafe fn from_raw_opt<'a>(ptr: *mut bindings::drm_framebuffer) -> Option<&'a Self> {
         // INVARIANT: `drm_gem_fb_create_with_dirty()` is the `fb_create` callback of all drivers.
         //
         // SAFETY: By the safety requirements of this function. `Framebuffer` is a transparent

@@ -32,6 +32,9 @@ use core::{
     },
 };
 
+/// How many formats the DRM core takes.
+const MAX_FORMATS: usize = 64;
+
 /// What a plane is for.
 ///
 /// C counterpart: `enum drm_plane_type`.
@@ -133,6 +136,10 @@ impl<P: DriverPlane> Plane<P> {
         formats: &[u32],
         data: impl PinInit<P, Error>,
     ) -> Result<&'a Self> {
+        if formats.len() > MAX_FORMATS {
+            return Err(EINVAL);
+        }
+
         let this = KBox::pin_init(
             try_pin_init!(Self {
                 raw: Opaque::zeroed(),
@@ -151,7 +158,7 @@ impl<P: DriverPlane> Plane<P> {
                 possible_crtcs,
                 &Self::FUNCS,
                 formats.as_ptr(),
-                formats.len().try_into()?,
+                formats.len() as c_uint,
                 ptr::null(),
                 plane_type.as_raw(),
                 ptr::null(),
@@ -348,9 +355,9 @@ impl<'a, D: Driver> PlaneCheck<'a, D> {
 
         // SAFETY: By the type invariants, as above.
         unsafe {
-            if (*self.old.as_ptr()).fb != fb {
-                (*new).ignore_damage_clips = true;
-            }
+            // Also where it hasn't: the flag is copied from state to state, and nobody else
+            // clears it.
+            (*new).ignore_damage_clips = (*self.old.as_ptr()).fb != fb;
         }
 
         // SAFETY: By the type invariants, `state` is being checked, and `crtc` is of its device.
@@ -386,12 +393,12 @@ pub struct PlaneUpdate<'a, D: Driver> {
 }
 
 impl<'a, D: Driver> PlaneUpdate<'a, D> {
-    fn old(&self) -> &'a bindings::drm_plane_state {
+    fn old_state(&self) -> &'a bindings::drm_plane_state {
         // SAFETY: By the type invariants.
         unsafe { &*self.old.as_ptr() }
     }
 
-    fn new(&self) -> &'a bindings::drm_plane_state {
+    fn new_state(&self) -> &'a bindings::drm_plane_state {
         // SAFETY: By the type invariants.
         unsafe { &*self.new.as_ptr() }
     }
@@ -399,35 +406,33 @@ impl<'a, D: Driver> PlaneUpdate<'a, D> {
     /// Returns the new framebuffer, or [`None`] if the plane is being disabled.
     pub fn fb(&self) -> Option<&'a Framebuffer<D>> {
         // SAFETY: By the type invariants; the state holds a reference to its framebuffer.
-        unsafe { Framebuffer::from_raw_opt(self.new().fb) }
+        unsafe { Framebuffer::from_raw_opt(self.new_state().fb) }
     }
 
     /// Returns the framebuffer that is replaced, or [`None`] if the plane was disabled.
     pub fn old_fb(&self) -> Option<&'a Framebuffer<D>> {
         // SAFETY: By the type invariants; the state holds a reference to its framebuffer.
-        unsafe { Framebuffer::from_raw_opt(self.old().fb) }
+        unsafe { Framebuffer::from_raw_opt(self.old_state().fb) }
     }
 
     /// Returns the CRTC that shows the plane, or [`None`] if the plane is being disabled.
     pub fn crtc(&self) -> Option<&'a Crtc<D::Crtc>> {
         // SAFETY: By the type invariants; CRTCs live as long as the device.
-        unsafe { Crtc::from_raw_opt(self.new().crtc) }
+        unsafe { Crtc::from_raw_opt(self.new_state().crtc) }
     }
 
     /// Returns the CRTC that has shown the plane so far, or [`None`] if the plane was disabled.
     pub fn old_crtc(&self) -> Option<&'a Crtc<D::Crtc>> {
         // SAFETY: By the type invariants; CRTCs live as long as the device.
-        unsafe { Crtc::from_raw_opt(self.old().crtc) }
+        unsafe { Crtc::from_raw_opt(self.old_state().crtc) }
     }
 
     /// Returns the new state of the CRTC that shows the plane, if it has one.
     fn crtc_state(&self) -> Option<NonNull<bindings::drm_crtc_state>> {
-        let crtc = NonNull::new(self.new().crtc)?;
+        let crtc = NonNull::new(self.new_state().crtc)?;
 
         // SAFETY: By the type invariants, and `crtc` is of the same device.
-        NonNull::new(unsafe {
-            bindings::drm_atomic_get_new_crtc_state(self.state, crtc.as_ptr())
-        })
+        NonNull::new(unsafe { bindings::drm_atomic_get_new_crtc_state(self.state, crtc.as_ptr()) })
     }
 
     /// Returns whether the CRTC that shows the plane is, or is about to be, switched on.
@@ -453,25 +458,25 @@ impl<'a, D: Driver> PlaneUpdate<'a, D> {
 
     /// Returns the part of the framebuffer that is shown, without fractions of pixels.
     pub fn src(&self) -> Rect {
-        let new = self.new();
+        let new = self.new_state();
         Rect::from_fixed(new.src_x, new.src_y, new.src_w, new.src_h)
     }
 
     /// Returns whether the part of the framebuffer that is shown has moved, or is of another size.
     pub fn src_changed(&self) -> bool {
-        let (old, new) = (self.old(), self.new());
+        let (old, new) = (self.old_state(), self.new_state());
         (old.src_x, old.src_y, old.src_w, old.src_h) != (new.src_x, new.src_y, new.src_w, new.src_h)
     }
 
     /// Returns whether there is another framebuffer than before.
     pub fn fb_changed(&self) -> bool {
-        self.old().fb != self.new().fb
+        self.old_state().fb != self.new_state().fb
     }
 
     /// Returns where the upper left corner of the plane is on the CRTC, in pixels. Both numbers may
     /// be negative.
     pub fn position(&self) -> (i32, i32) {
-        (self.new().crtc_x, self.new().crtc_y)
+        (self.new_state().crtc_x, self.new_state().crtc_y)
     }
 
     /// Returns a rectangle of the framebuffer that contains everything that has changed and is

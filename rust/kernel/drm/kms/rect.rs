@@ -33,13 +33,6 @@ impl Rect {
     }
 
     /// Creates a rectangle from 16.16 fixed point numbers, without their fractions.
-    ///
-    /// # Examples
-    ///
-    /// ```ignore
-    /// let rect = Rect::from_fixed(0x1_8000, 0, 0x280_0000, 0x1e0_ffff);
-    /// assert_eq!(rect, Rect::new(1, 0, 640, 480).unwrap());
-    /// ```
     pub(super) const fn from_fixed(x: u32, y: u32, width: u32, height: u32) -> Self {
         // INVARIANT: None of the numbers has more than 16 bits.
         Self {
