@@ -12,7 +12,7 @@ else
 MAKEFLAGS += --no-print-directory
 export KDIR KERNEL_CONFIG DRM_VIRTGPU_RS DRIVER DISPLAY_BACKEND HOST CASES
 
-.PHONY: help kernel run test shell check clean clean-cache
+.PHONY: help kernel run test shell bench check clean clean-cache
 
 help:
 	@sed -n 's/^#: \{0,1\}//p' $(firstword $(MAKEFILE_LIST))
@@ -20,7 +20,7 @@ help:
 kernel:
 	@STEPS=3 scripts/kernel.sh
 
-run test shell:
+run test shell bench:
 	@STEPS=5 scripts/kernel.sh
 	@STEPS=5 scripts/lab.sh $@
 
@@ -37,6 +37,7 @@ clean-cache:
 #: make test         run the tests
 #: make kernel       build the guest's kernel with the driver: build/bzImage, vmlinux, modules/, config
 #: make shell        boot to a shell on the serial line (C-a x leaves)
+#: make bench        what an operation costs, in instructions: both drivers
 #: make check        style, lints and documentation of everything, without warnings
 #: make clean        remove build/
 #: make clean-cache  remove all that was built, for every clone

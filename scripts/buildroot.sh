@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0
 # shellcheck shell=bash
 #
-# The build root: a Debian with the compilers, QEMU and the kernel's source, so that nothing of what the machine has installed matters.
-# Sourced, never run. Sets $repo, $cache and $buildroot.
+# The build root: a Debian with the compilers, QEMU and the kernel's source, so that nothing of what
+# the machine has installed matters. Sourced, never run. Sets $repo, $cache and $buildroot.
 
 # shellcheck source-path=SCRIPTDIR
 . "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
@@ -17,7 +17,8 @@ packages=(
 	build-essential flex bison bc libelf-dev libssl-dev libdw-dev cpio kmod pahole
 	rustc rust-src rustfmt rust-clippy cargo bindgen clang-19 lld-19 llvm-19 libclang-19-dev
 	# The guest and its host.
-	qemu-system-x86 qemu-system-gui qemu-system-modules-opengl virgl-server busybox-static libdrm-tests e2fsprogs
+	qemu-system-x86 qemu-system-gui qemu-system-modules-opengl virgl-server
+	busybox-static libdrm-tests e2fsprogs
 	# The checks.
 	perl python3 python3-git python3-ply codespell shellcheck
 	# This set-up.
@@ -41,7 +42,8 @@ remove_root()
 	fi
 }
 
-# The machine's own Debian mirror, if its apt has one: a URI, or nothing, and then mmdebstrap knows one.
+# The machine's own Debian mirror, if its apt has one: a URI, or nothing, and then mmdebstrap knows
+# one.
 machine_mirror()
 {
 	# shellcheck disable=SC2016
@@ -55,8 +57,8 @@ machine_proxies()
 	apt-config dump 2>/dev/null | grep -E '^Acquire::(http|https)::Proxy' || true
 }
 
-# The kernel's source is installed by a hook, because its package may have been replaced by its successor. The machine's apt fetches it, which knows
-# how to reach the mirror.
+# The kernel's source is installed by a hook, because its package may have been replaced by its
+# successor. The machine's apt fetches it, which knows how to reach the mirror.
 install_source_hook()
 {
 	# shellcheck disable=SC2016
@@ -86,8 +88,11 @@ make_buildroot()
 			die "mmdebstrap is missing: install it, with \"apt-get install mmdebstrap\" on Debian or Ubuntu, and try again."
 		fi
 		echo "installing mmdebstrap"
-		{ apt-get update && DEBIAN_FRONTEND=noninteractive apt-get install --yes --no-install-recommends mmdebstrap; } \
-			>"$log" 2>&1 </dev/null || explain "$log" "Installing mmdebstrap" "$log"
+		{
+			apt-get update &&
+				DEBIAN_FRONTEND=noninteractive apt-get install --yes \
+					--no-install-recommends mmdebstrap debian-archive-keyring
+		} >"$log" 2>&1 </dev/null || explain "$log" "Installing mmdebstrap"
 	fi
 
 	remove_root "$partial"
@@ -106,7 +111,7 @@ make_buildroot()
 		--customize-hook="$(install_source_hook)" \
 		"$suite" "$partial" ${mirror:+"$mirror"} 2>&1 </dev/null |
 		progress "$log" '^(Unpacking|Setting up|Get:)' "packages fetched, unpacked or set up" ||
-		explain "$log" "Making the build root" "$log"
+		explain "$log" "Making the build root"
 	grep '^NOTE: ' "$log" || true
 	mv "$partial" "$buildroot"
 }
@@ -119,9 +124,10 @@ ensure_buildroot()
 	exec 8>&-
 }
 
-# in_root COMMAND...: runs it in the build root. The paths in there are the same on every machine, so that what is built does not depend on where
-# the cache lies: /src is this directory, /cache the cache, /kdir the user's kernel tree, /config the user's configuration. Nothing else of the
-# machine can be seen, nothing of the build root can be changed, and no process stays behind.
+# in_root COMMAND...: runs it in the build root. The paths in there are the same on every machine,
+# so that what is built does not depend on where the cache lies: /src is this directory, /cache the
+# cache, /kdir the user's kernel tree, /config the user's configuration. Nothing else of the machine
+# can be seen, nothing of the build root can be changed, and no process stays behind.
 in_root()
 {
 	local flags=(--mount --pid --fork --kill-child)

@@ -14,7 +14,7 @@ mount -t tmpfs -o mode=755 tmpfs "$new"
 for entry in "$buildroot"/*; do
 	name=${entry##*/}
 	if [ -L "$entry" ]; then
-		cp -a "$entry" "$new/$name"
+		ln -s "$(readlink "$entry")" "$new/$name"
 	else
 		mkdir "$new/$name"
 	fi
@@ -23,7 +23,8 @@ done
 readonly_bind()
 {
 	mount --bind "$1" "$2"
-	# Without privileges, the machine's own options stay in force, and the files belong to others anyway.
+	# Without privileges, the machine's own options stay in force, and the files belong to
+	# others anyway.
 	mount -o remount,bind,ro "$2" 2>/dev/null || true
 }
 

@@ -18,7 +18,8 @@ step()
 	printf '%s\n' "$step_name"
 }
 
-# progress LOG PATTERN WHAT: keeps stdin in LOG, and says every 15 seconds how many of its lines match PATTERN.
+# progress LOG PATTERN WHAT: keeps stdin in LOG, and says every 15 seconds how many of its lines
+# match PATTERN.
 progress()
 {
 	local line count=0 next=$((SECONDS + 15)) status
@@ -40,18 +41,19 @@ progress()
 	done
 }
 
-# explain LOG WHAT: ends with one sentence on why WHAT failed, after the last lines of LOG if the reason is not a common one.
+# explain LOG WHAT: ends with one sentence on why WHAT failed, after the lines of LOG that matter if
+# the reason is not a common one.
 explain()
 {
 	if grep -q 'No space left on device' "$1"; then
 		die "$2 failed: the disk is full. Free some space, or name another directory in VIRTGPU_RS_CACHE."
 	fi
-	if grep -qE 'Temporary failure resolving|Could not resolve|Could not connect|Unable to connect|Network is unreachable' "$1"; then
-		die "$2 failed: the package mirror cannot be reached. Check the network and the machine's apt configuration."
+	if grep -qE 'Temporary failure resolving|Could not resolve|Could not connect|Unable to connect|Network is unreachable|network error' "$1"; then
+		die "$2 failed: the server cannot be reached. Check the network, and the machine's configuration of apt and cargo."
 	fi
 	grep -nE '(error|warning)(\[|:| )|\*\*\*|^E:' "$1" | tail -n 40 >&2 || true
 	tail -n 15 "$1" >&2
-	die "$2 failed: the lines above are from $3."
+	die "$2 failed: the lines above are from log/${1##*/} in the cache."
 }
 
 # need_space DIRECTORY MEGABYTES WHAT
@@ -59,7 +61,7 @@ need_space()
 {
 	local free
 
-	free=$(df --output=avail -m "$1" | tail -n 1)
+	free=$(($(df --output=avail -m "$1" | tail -n 1)))
 	if [ "$free" -lt "$2" ]; then
 		die "$3 needs $2 MB in $1, where $free MB are free: free some, or name another directory in VIRTGPU_RS_CACHE."
 	fi

@@ -3,7 +3,8 @@
 #
 # Where cargo puts what it builds. Sourced in the build root, never run.
 
-# use_target CLONE: a directory of the clone's own. A new one begins with the crates that another clone has built, but not with its programs.
+# use_target CLONE: a directory of the clone's own. A new one begins with the crates that another
+# clone has built, but not with its programs.
 use_target()
 {
 	local other package

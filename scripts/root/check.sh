@@ -98,8 +98,9 @@ clippy()
 		run_make "$driver_dir/"
 }
 
-# document CRATE OPTION...: Kbuild's own command for the compiler, as it has been run, given to rustdoc. "make rustdoc" takes minutes, because it
-# documents Rust's own libraries too, and knows no drivers.
+# document CRATE OPTION...: Kbuild's own command for the compiler, as it has been run, given to
+# rustdoc. "make rustdoc" takes minutes, because it documents Rust's own libraries too, and knows no
+# drivers.
 document()
 {
 	local command

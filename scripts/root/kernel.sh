@@ -1,8 +1,8 @@
 #!/bin/bash
 # SPDX-License-Identifier: GPL-2.0
 #
-# Builds the kernel; runs in the build root. Leaves what it built in a directory of the cache that is named after everything that went in, and
-# links to it in build/.
+# Builds the kernel; runs in the build root. Leaves what it built in a directory of the cache that
+# is named after everything that went in, and links to it in build/.
 # usage: kernel.sh CACHE   (the path of the cache on the machine, for the links)
 
 # shellcheck source-path=SCRIPTDIR
@@ -11,8 +11,8 @@
 outside=$1
 JOBS=${JOBS:-$(nproc)}
 
-# The configuration: a fragment, over allnoconfig. Two of its comments mean something: "# with: guest" puts another fragment before it, and
-# "# make: LLVM=-19" is given to make.
+# The configuration: a fragment, over allnoconfig. Two of its comments mean something: "# with:
+# guest" puts another fragment before it, and "# make: LLVM=-19" is given to make.
 name=${KERNEL_CONFIG:-guest}
 fragment=/src/scripts/configs/$name
 if [ -e /config ]; then
@@ -33,7 +33,8 @@ name_result()
 	local source=$source_id
 
 	if [ -n "${KDIR_NAME:-}" ]; then
-		# Its content is not known by name: the copy's state stands for it, in which only what differed has a new time.
+		# Its content is not known by name: the copy's state stands for it, in which only
+		# what differed has a new time.
 		source=$(cd "$tree" && find . -type f -printf '%P %s %T@\n' | sort | hash)
 	fi
 	out=/cache/kernel-$name-$(
@@ -44,7 +45,8 @@ name_result()
 	)
 }
 
-# Removes targets that a killed build has begun and not finished: the .cmd file is written after its target.
+# Removes targets that a killed build has begun and not finished: the .cmd file is written after its
+# target.
 remove_unfinished()
 {
 	local command target
@@ -75,7 +77,7 @@ configure()
 	if [ "$(cat "$objects/.configured" 2>/dev/null)" = "$state" ]; then
 		return 0
 	fi
-	run_make KCONFIG_ALLCONFIG=/tmp/fragment allnoconfig >"$log" || explain "$log" "Configuring the kernel" "$log"
+	run_make KCONFIG_ALLCONFIG=/tmp/fragment allnoconfig >"$log" || explain "$log" "Configuring the kernel"
 	while read -r option; do
 		grep -qx "$option" "$objects/.config" ||
 			die "$option is lost in the configuration: something that it depends on is off (see drivers/gpu/drm/virtgpu_rs/Kconfig)."
@@ -96,7 +98,7 @@ build()
 	fi
 	touch "$objects/.building"
 	configure
-	run_make bzImage modules | progress "$log" '^  [A-Z]' "files" || explain "$log" "Building the kernel" "$log"
+	run_make bzImage modules | progress "$log" '^  [A-Z]' "files" || explain "$log" "Building the kernel"
 	rm "$objects/.building"
 
 	rm -rf "$partial"
@@ -105,6 +107,8 @@ build()
 	cp "$objects/.config" "$partial/config"
 	find "$objects" -name '*.ko' -exec cp --target-directory "$partial/modules" {} +
 	mv --no-target-directory "$partial" "$out"
+	# Nobody has asked for these in a week.
+	find /cache -mindepth 1 -maxdepth 1 -name 'kernel-*' -mtime +7 -exec rm -rf {} +
 }
 
 ensure_source

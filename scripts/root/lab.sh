@@ -1,8 +1,8 @@
 #!/bin/bash
 # SPDX-License-Identifier: GPL-2.0
 #
-# Builds the harness and runs it; in the build root.
-# usage: lab.sh run|test|shell KERNEL CLONE   (names of the kernel's directory in the cache, and of this clone)
+# Builds the programs of selftests/ and runs them; in the build root.
+# usage: lab.sh run|test|shell|bench KERNEL CLONE   (names of the kernel's directory in the cache, and of this clone)
 
 # shellcheck source-path=SCRIPTDIR
 . "$(dirname "${BASH_SOURCE[0]}")/../lib.sh"
@@ -19,7 +19,7 @@ read -r -a cases <<<"${CASES:-}"
 build_programs()
 {
 	step 4 "building the test programs"
-	cargo "$@" </dev/null 2>&1 | progress "$log" '^ +(Downloaded|Compiling) ' "crates" || explain "$log" "Building the test programs" "$log"
+	cargo "$@" </dev/null 2>&1 | progress "$log" '^ +(Downloaded|Compiling) ' "crates" || explain "$log" "Building the test programs"
 }
 
 cd /src/selftests
@@ -37,6 +37,11 @@ shell)
 	build_programs build --release --package virtgpu-lab
 	step 5 "booting to a shell, C-a x leaves"
 	exec "$CARGO_TARGET_DIR/release/virtgpu-lab" shell
+	;;
+bench)
+	build_programs build --release --package virtgpu-bench
+	step 5 "measuring both drivers"
+	VIRTGPU_RUN=/src/build/bench exec "$CARGO_TARGET_DIR/release/virtgpu-bench"
 	;;
 test)
 	build_programs test --no-run --release --workspace

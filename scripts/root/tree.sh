@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0
 # shellcheck shell=bash disable=SC2034
 #
-# The kernel tree that is built: Debian's source, or the user's, with patches/, rust/, Documentation/ and the driver laid over it.
-# Sourced in the build root, never run. Sets $pristine, $tree and $want.
+# The kernel tree that is built: Debian's source, or the user's, with patches/, rust/,
+# Documentation/ and the driver laid over it. Sourced in the build root, never run. Sets $pristine,
+# $tree and $want.
 
 # shellcheck source-path=SCRIPTDIR
 . "$(dirname "${BASH_SOURCE[0]}")/../lib.sh"
@@ -45,7 +46,8 @@ patched_files()
 	sed -nE 's,^(---|\+\+\+) [ab]/([^\t]+).*,\2,p' /src/patches/*.patch | sort -u
 }
 
-# Makes $want, the files of the tree that differ from the pristine one, and $want.removed, the list of those that are gone.
+# Makes $want, the files of the tree that differ from the pristine one, and $want.removed, the list
+# of those that are gone.
 make_want()
 {
 	local file patch
@@ -82,8 +84,9 @@ want_id()
 	} | hash
 }
 
-# Makes $tree what it should be. A file whose content is right is not touched, so that make builds only what depends on a change. The caller holds
-# the tree's lock. $tree.overlay lists what may differ from the pristine source; it is complete at any time, also after a kill.
+# Makes $tree what it should be. A file whose content is right is not touched, so that make builds
+# only what depends on a change. The caller holds the tree's lock. $tree.overlay lists what may
+# differ from the pristine source; it is complete at any time, also after a kill.
 sync_tree()
 {
 	local overlay=$tree.overlay file source
