@@ -113,11 +113,8 @@ impl Client {
                         .with_context(|| format!("{connector} has no mode {width}x{height}"))?,
                 };
             let size = (mode.size().0.into(), mode.size().1.into());
-            let seed = seed_of_head(seed, index);
-            let frames = [
-                Frame::new(&card, size, seed)?,
-                Frame::new(&card, size, !seed)?,
-            ];
+            let frame = |seed| Frame::new(&card, size, seed_of_head(seed, index));
+            let frames = [frame(seed)?, frame(!seed)?];
             heads.push(Head {
                 connector: connector.handle(),
                 crtc,

@@ -43,11 +43,14 @@ pub fn refused_commands(log: &str) -> Vec<&str> {
     log.lines().filter(is_complaint).collect()
 }
 
-/// Returns the names of the commands in QEMU's log, in their order.
-pub fn commands(log: &str) -> Vec<&str> {
-    log.lines()
-        .filter_map(|line| line.strip_prefix("virtio_gpu_cmd_")?.split(' ').next())
-        .collect()
+/// Returns the commands in QEMU's log that concern a resource, in their order: the command's name, and the resource's id.
+pub fn resource_commands(log: &str) -> Vec<(&str, &str)> {
+    fn command(line: &str) -> Option<(&str, &str)> {
+        let (name, arguments) = line.strip_prefix("virtio_gpu_cmd_")?.split_once(' ')?;
+        let (_, resource) = arguments.split_once("res ")?;
+        Some((name, resource.split(',').next()?))
+    }
+    log.lines().filter_map(command).collect()
 }
 
 #[cfg(test)]
@@ -62,7 +65,7 @@ mod tests {
             refused_commands(log),
             ["virtio_gpu_resource_flush: invalid resource specified 2"]
         );
-        assert_eq!(commands(log), ["res_flush"]);
+        assert_eq!(resource_commands(log), [("res_flush", "0x2")]);
     }
 
     #[test]

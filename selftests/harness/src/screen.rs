@@ -23,7 +23,7 @@ use virtgpu_guest::picture;
 use crate::vm::Vm;
 
 /// How long a screen may take to show what the guest says that it shows.
-pub const SCREEN_LIMIT: Duration = Duration::from_secs(5);
+pub const SCREEN_LIMIT: Duration = Duration::from_secs(10);
 
 /// Returns what the host shows on a head of the GPU.
 pub fn dump(vm: &mut Vm, head: u32) -> Result<RgbImage> {

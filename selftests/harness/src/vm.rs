@@ -153,7 +153,7 @@ impl Machine {
             "-run-with",
             "exit-with-parent=on",
             "-machine",
-            self.machine,
+            &format!("{},hpet=off", self.machine),
             "-accel",
             accelerator,
             "-cpu",
