@@ -38,7 +38,8 @@ remove_root()
 	if [ "$(id -u)" -eq 0 ]; then
 		rm -rf --one-file-system "$1"
 	else
-		mmdebstrap --unshare-helper rm -rf --one-file-system "$1"
+		mmdebstrap --unshare-helper find "$1" -xdev -mindepth 1 -delete
+		rmdir "$1"
 	fi
 }
 

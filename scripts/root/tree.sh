@@ -55,7 +55,7 @@ make_want()
 	rm -rf "$want"
 	mkdir -p "$want/$driver_dir"
 	while read -r file; do
-		mkdir -p "$want/${file%/*}"
+		mkdir -p "$(dirname "$want/$file")"
 		[ ! -e "$pristine/$file" ] || cp --no-preserve=mode "$pristine/$file" "$want/$file"
 	done < <(patched_files)
 	for patch in /src/patches/*.patch; do
@@ -120,7 +120,7 @@ sync_tree()
 			fi
 		fi
 		if ! cmp -s "$source" "$tree/$file"; then
-			mkdir -p "$tree/${file%/*}"
+			mkdir -p "$(dirname "$tree/$file")"
 			# Not in place: the file may be a hard link to the pristine one.
 			cp "$source" "$tree/$file.new"
 			mv "$tree/$file.new" "$tree/$file"
