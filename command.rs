@@ -296,10 +296,7 @@ mod tests {
 
         assert_eq!(rect.offset(4096, 4), 2 * 4096 + 12);
         // Where 32 bits would overflow.
-        let rect = Rect {
-            y: 0xffff,
-            ..rect
-        };
+        let rect = Rect { y: 0xffff, ..rect };
         assert_eq!(rect.offset(0x2_0000, 4), 0xffff * 0x2_0000 + 12);
     }
 
@@ -314,7 +311,10 @@ mod tests {
             is(hdr.as_bytes(), resp::OK_EDID),
             Err((errno(EPROTO), resp::OK_NODATA))
         );
-        assert_eq!(is(&hdr.as_bytes()[..23], resp::OK_NODATA), Err((errno(EPROTO), 0)));
+        assert_eq!(
+            is(&hdr.as_bytes()[..23], resp::OK_NODATA),
+            Err((errno(EPROTO), 0))
+        );
         assert_eq!(is(&[], resp::OK_NODATA), Err((errno(EPROTO), 0)));
         for (ty, error) in [
             (0x1200, EIO),
@@ -338,7 +338,9 @@ mod tests {
         wire.pmodes[0].enabled = 7.into();
         wire.pmodes[0].r.width = 1024.into();
         wire.pmodes[0].r.height = 768.into();
-        let displays = Displays::parse(wire.as_bytes()).ok().expect("a full answer is read");
+        let displays = Displays::parse(wire.as_bytes())
+            .ok()
+            .expect("a full answer is read");
         assert!(!displays.clamped);
         assert_eq!(
             displays.info[0],
@@ -351,7 +353,9 @@ mod tests {
         assert_eq!(displays.info[15], DisplayInfo::default());
 
         wire.pmodes[3].r.width = u32::MAX.into();
-        let displays = Displays::parse(wire.as_bytes()).ok().expect("a full answer is read");
+        let displays = Displays::parse(wire.as_bytes())
+            .ok()
+            .expect("a full answer is read");
         assert!(displays.clamped);
         assert_eq!(displays.info[3].width, DISPLAY_MAX);
         assert!(Displays::parse(&wire.as_bytes()[..407]).is_err());

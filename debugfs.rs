@@ -9,7 +9,8 @@ use kernel::{
     },
     prelude::*,
     seq_file::SeqFile,
-    seq_print, //
+    seq_print,
+    sync::atomic::Relaxed, //
 };
 
 use crate::driver::{
@@ -40,7 +41,7 @@ impl DebugfsFile for FeaturesFile {
         }
         seq_print!(m, "{:<16} : {}\n", "cap sets", 0);
         seq_print!(m, "{:<16} : {}\n", "scanouts", features.num_scanouts);
-        if features.freezing {
+        if drm.freezing.load(Relaxed) {
             seq_print!(m, "{:<16} : {}\n", "freezing", yes_no(true));
         }
         Ok(())

@@ -9,6 +9,7 @@ use core::mem::size_of;
 use kernel::{
     drm::{
         self,
+        gem::shmem,
         kms::{
             self,
             fourcc,
@@ -19,9 +20,11 @@ use kernel::{
             DriverConnector,
             DriverCrtc,
             DriverPlane,
+            Framebuffer,
             ModeConfig,
             ModeStatus,
             Plane,
+            PlaneCheck,
             PlaneType,
             PlaneUpdate,
             Probe, //
@@ -43,7 +46,11 @@ use crate::{
         Device,
         DrmDriver, //
     },
-    object::CPP,
+    object::{
+        Object,
+        Resource,
+        CPP, //
+    },
     queue::{
         Token,
         Who,
@@ -91,7 +98,7 @@ pub(crate) fn init(drm: &drm::UnregisteredDevice<DrmDriver>) -> Result {
             drm.features.edid,
             try_pin_init!(Head {
                 scanout,
-                edid <- new_mutex!(KVec::new()),
+                edid <- new_mutex!(None),
             }),
         )?;
     }
@@ -107,9 +114,13 @@ pub(crate) fn refresh(drm: &Device, who: Who) -> Result<bool> {
     let new = Displays::parse(answer.as_slice())?;
 
     if new.clamped {
-        kernel::do_once_lite! { dev_warn!(drm.as_ref(),
-            "the host has a display larger than {} pixels, clamped\n",
-            command::DISPLAY_MAX) };
+        kernel::do_once_lite! {
+            dev_warn!(
+                drm.as_ref(),
+                "the host has a display larger than {} pixels, clamped\n",
+                command::DISPLAY_MAX
+            )
+        }
     }
 
     let mut changed = {
@@ -121,28 +132,28 @@ pub(crate) fn refresh(drm: &Device, who: Who) -> Result<bool> {
     };
 
     if drm.features.edid {
+        let mut mute = false;
+
         drm.for_each_connector(|connector| {
+            if mute {
+                return;
+            }
             match Head::refresh(connector, who) {
                 Ok(new) => changed |= new,
-                Err(e) => kernel::do_once_lite! { dev_warn!(drm.as_ref(),
-                    "no usable EDID from the host for scanout {}: {:?}\n",
-                    connector.scanout,
-                    e) },
+                // Once is enough to wait in vain.
+                Err(e) if e == ETIMEDOUT => mute = true,
+                Err(e) => kernel::do_once_lite! {
+                    dev_warn!(
+                        drm.as_ref(),
+                        "no usable EDID from the host for scanout {}: {:?}\n",
+                        connector.scanout,
+                        e
+                    )
+                },
             }
         });
     }
     Ok(changed)
-}
-
-impl From<kms::Rect> for Rect {
-    fn from(r: kms::Rect) -> Self {
-        Self {
-            x: r.x(),
-            y: r.y(),
-            width: r.width(),
-            height: r.height(),
-        }
-    }
 }
 
 /// Shows a resource on a scanout, or nothing (resource 0).
@@ -164,7 +175,9 @@ fn set_scanout(drm: &Device, scanout: u32, resource: u32, rect: Rect) -> Result 
 fn report(drm: &Device, what: &str, result: Result) {
     if let Err(e) = result {
         if e != ENODEV && e != EIO {
-            kernel::do_once_lite! { dev_err!(drm.as_ref(), "*ERROR* {} was not sent: {:?}\n", what, e) };
+            kernel::do_once_lite! {
+                dev_err!(drm.as_ref(), "*ERROR* {} was not sent: {:?}\n", what, e)
+            }
         }
     }
 }
@@ -179,6 +192,75 @@ impl kms::Driver for DrmDriver {
     }
 }
 
+/// A framebuffer, as part of the resource that it lies in.
+struct Picture<'a> {
+    object: &'a shmem::Object<Object>,
+    resource: &'a Resource,
+    pitch: u32,
+    /// The line of the resource that is the first one of the framebuffer.
+    first: u32,
+}
+
+impl<'a> Picture<'a> {
+    /// The host knows lines of one length only, that of the resource, and no others can be shown.
+    fn new(fb: &'a Framebuffer<DrmDriver>) -> Result<Self> {
+        let object = fb.object(0).ok_or(EINVAL)?;
+        let resource = object.resource().ok_or(EINVAL)?;
+        let pitch = fb.pitch(0).ok_or(EINVAL)?;
+        let first = first_line(
+            (resource.width, resource.height),
+            (fb.width(), fb.height()),
+            pitch,
+            fb.offset(0).ok_or(EINVAL)?,
+        )?;
+
+        Ok(Self {
+            object,
+            resource,
+            pitch,
+            first,
+        })
+    }
+
+    /// Where a part of the framebuffer is in the resource.
+    fn rect(&self, part: kms::Rect) -> Rect {
+        Rect {
+            x: part.x(),
+            y: self.first.saturating_add(part.y()),
+            width: part.width(),
+            height: part.height(),
+        }
+    }
+
+    /// Lets the host see what the CPU has drawn, where that takes more than to draw it.
+    fn sync(&self, drm: &Device) -> Result {
+        if !drm.features.dma_addresses {
+            return Ok(());
+        }
+        let dev = drm.queue.device().ok_or(ENODEV)?;
+
+        self.object.sync_for_device(dev.parent())
+    }
+}
+
+/// The first line of a framebuffer in a resource. Sizes are width and height in pixels, `pitch` and
+/// `offset` are in bytes.
+///
+/// Errors: [`EINVAL`] if the framebuffer does not lie in it line by line.
+fn first_line(resource: (u32, u32), fb: (u32, u32), pitch: u32, offset: u32) -> Result<u32> {
+    if pitch == 0 || Some(pitch) != resource.0.checked_mul(CPP) || offset % pitch != 0 {
+        return Err(EINVAL);
+    }
+
+    let first = offset / pitch;
+    let end = first.checked_add(fb.1).ok_or(EINVAL)?;
+
+    if fb.0 > resource.0 || end > resource.1 {
+        return Err(EINVAL);
+    }
+    Ok(first)
+}
+
 /// The primary plane of a scanout.
 pub(crate) struct Primary {
     scanout: u32,
@@ -187,32 +269,35 @@ pub(crate) struct Primary {
 impl DriverPlane for Primary {
     type Driver = DrmDriver;
 
+    fn atomic_check(_plane: &Plane<Self>, check: &PlaneCheck<'_, DrmDriver>) -> Result {
+        check.no_scaling(false)?;
+        check.fb().map_or(Ok(()), |fb| Picture::new(fb).map(drop))
+    }
+
     fn atomic_update(plane: &Plane<Self>, update: &PlaneUpdate<'_, DrmDriver>) {
         let drm = plane.dev();
         let Some(fb) = update.fb().filter(|_| update.crtc_active()) else {
             return Self::off(plane);
         };
-        let (Some(object), Some(pitch), Some(start)) = (fb.object(0), fb.pitch(0), fb.offset(0))
-        else {
+        let (Ok(picture), Some(damage)) = (Picture::new(fb), update.damage_merged()) else {
             return;
         };
-        let (Some(damage), Some(resource)) = (update.damage_merged(), object.resource()) else {
-            return;
-        };
-        let damage = Rect::from(damage);
-        let offset = u64::from(start) + damage.offset(pitch, CPP);
+        let damage = picture.rect(damage);
+        let resource = picture.resource;
+        let offset = damage.offset(picture.pitch, CPP);
+        let sent = picture
+            .sync(drm)
+            .and_then(|()| resource.transfer(&drm.queue, damage, offset, Who::Kernel, None));
 
-        report(
-            drm,
-            "a picture",
-            resource.transfer(&drm.queue, damage, offset, Who::Kernel, None),
-        );
+        report(drm, "a picture", sent);
         // The mode was set with nothing to be seen, whether the framebuffer is a new one or not.
         if update.fb_changed() || update.src_changed() || update.needs_modeset() {
+            let src = picture.rect(update.src());
+
             report(
                 drm,
                 "a scanout",
-                set_scanout(drm, plane.scanout, resource.id, update.src().into()),
+                set_scanout(drm, plane.scanout, resource.id, src),
             );
         }
         report(drm, "a flush", resource.flush(&drm.queue, damage));
@@ -271,9 +356,9 @@ impl DriverCrtc for Scanout {
 #[pin_data]
 pub(crate) struct Head {
     scanout: u32,
-    /// What the host last sent as EDID.
+    /// What the host last sent as EDID, if it was ever asked.
     #[pin]
-    edid: Mutex<KVec<u8>>,
+    edid: Mutex<Option<KVec<u8>>>,
 }
 
 impl Head {
@@ -289,27 +374,31 @@ impl Head {
 
     /// Asks the host for the EDID. Returns whether it is another one than before.
     ///
-    /// A host that does not give one is taken to have none.
+    /// A host that refuses is taken to have none, one that does not answer has said nothing.
     fn refresh(connector: &Connector<Self>, who: Who) -> Result<bool> {
-        let answer =
-            connector
-                .dev()
-                .queue
-                .call(&command::get_edid(connector.scanout), EDID_LEN, who);
-        let answer = answer.as_ref().map_err(|e| *e);
-        let edid = answer.and_then(|answer| command::edid(answer.as_slice()));
-        let new = edid.unwrap_or(&[]);
+        let queue = &connector.dev().queue;
+        let answer = match queue.call(&command::get_edid(connector.scanout), EDID_LEN, who) {
+            Ok(answer) => Some(answer),
+            Err(e) if [ETIMEDOUT, ENODEV, ENOMEM].contains(&e) => return Err(e),
+            Err(_) => None,
+        };
+        let new = match &answer {
+            Some(answer) => command::edid(answer.as_slice())?,
+            None => &[],
+        };
         let mut old = connector.edid.lock();
 
-        if !old.is_empty() && **old == *new {
+        if old.as_ref().is_some_and(|old| **old == *new) {
             return Ok(false);
         }
-        old.clear();
-        old.extend_from_slice(new, GFP_KERNEL)?;
-        drop(old);
 
+        let mut copy = KVec::with_capacity(new.len(), GFP_KERNEL)?;
+
+        copy.extend_from_slice(new, GFP_KERNEL)?;
+        *old = Some(copy);
+        drop(old);
         connector.update_edid((!new.is_empty()).then_some(new))?;
-        edid.map(|_| true)
+        Ok(true)
     }
 }
 
@@ -344,10 +433,7 @@ impl DriverConnector for Head {
         let info = Self::info(connector);
 
         if !mode.is_preferred()
-            || is_preferred(
-                (mode.width(), mode.height()),
-                (info.width, info.height),
-            )
+            || is_preferred((mode.width(), mode.height()), (info.width, info.height))
         {
             ModeStatus::Ok
         } else {
@@ -379,5 +465,23 @@ mod tests {
         // A host that wants less than the slack.
         assert!(is_preferred((0, 0), (8, 8)));
         assert!(!is_preferred((u32::MAX, u32::MAX), (0, 0)));
+    }
+
+    #[test]
+    fn a_framebuffer_lies_in_its_resource_line_by_line() {
+        let ok = |resource, fb, pitch, offset| first_line(resource, fb, pitch, offset).ok();
+
+        assert_eq!(ok((64, 48), (64, 48), 256, 0), Some(0));
+        assert_eq!(ok((64, 48), (32, 24), 256, 0), Some(0));
+        assert_eq!(ok((64, 48), (64, 40), 256, 8 * 256), Some(8));
+        // Too large, or too far down.
+        assert_eq!(ok((64, 48), (65, 48), 256, 0), None);
+        assert_eq!(ok((64, 48), (64, 49), 256, 0), None);
+        assert_eq!(ok((64, 48), (64, 41), 256, 8 * 256), None);
+        // As many bytes, in lines of another length.
+        assert_eq!(ok((64, 1024), (1024, 64), 4096, 0), None);
+        assert_eq!(ok((64, 48), (64, 40), 256, 4), None);
+        assert_eq!(ok((1 << 30, 1), (1, 1), 0, 0), None);
+        assert_eq!(ok((64, 48), (64, u32::MAX), 256, 256), None);
     }
 }

@@ -18,6 +18,10 @@ use kernel::{
     prelude::*,
     sync::{
         aref::ARef,
+        atomic::{
+            Atomic,
+            Relaxed, //
+        },
         Arc,
         Mutex, //
     },
@@ -72,6 +76,8 @@ pub(crate) type Device = drm::Device<DrmDriver>;
 pub(crate) struct Gpu {
     pub(crate) queue: Queue,
     pub(crate) features: Features,
+    /// The host has proved that it can be told of suspend.
+    pub(crate) freezing: Atomic<bool>,
     pub(crate) resources: Arc<Resources>,
     /// What the host last said of its displays.
     #[pin]
@@ -100,6 +106,7 @@ impl Gpu {
         Ok(try_pin_init!(Self {
             queue,
             features,
+            freezing: Atomic::new(false),
             resources,
             displays <- new_mutex!(displays),
             pm <- new_mutex!(pm::State::new()),
@@ -129,7 +136,8 @@ impl WorkItem<0> for Gpu {
         let _ = dev.config_write_le32(config::EVENTS_CLEAR, config::EVENT_DISPLAY);
         drop(dev);
 
-        if drm.has_display() && display::refresh(&drm, Who::Kernel).is_ok() {
+        // User space may know more than we found out.
+        if drm.has_display() && display::refresh(&drm, Who::Kernel) != Err(ENODEV) {
             drm.hotplug_event();
         }
     }
@@ -188,8 +196,19 @@ fn start(dev: &virtio::Device<Bound>, drm: &Device) -> Result {
     queue.open();
 
     if drm.features.freezing {
-        // A host may still keep what a guest that crashed in its sleep had left.
-        let _ = queue.call_nodata(&command::status_freezing(false), Who::Kernel);
+        // A host may still keep what a guest that crashed in its sleep had left, and it has to prove
+        // that it knows the command: its bit may mean something else.
+        match queue.call_nodata(&command::status_freezing(false), Who::Kernel) {
+            Ok(()) => {
+                drm.freezing.store(true, Relaxed);
+                dev_info!(dev.parent(), "[drm] features: +freezing\n");
+            }
+            Err(e) => dev_warn!(
+                dev.parent(),
+                "[drm] the host offers freezing, but does not know it: {:?}\n",
+                e
+            ),
+        }
     }
     if drm.has_display() {
         display::refresh(drm, Who::Kernel).inspect_err(|e| {
@@ -259,9 +278,6 @@ impl virtio::Driver for VirtioDriver {
         let registration = this.registration.lock().take();
         drop(registration);
 
-        if drm.has_display() {
-            drm.shutdown_outputs();
-        }
         drm.queue.stop(dev, false, Gate::Gone);
         drm.config_changed.flush();
     }

@@ -40,6 +40,11 @@ pub(crate) const TABLE: [u32; 21] = {
 };
 const _: () = assert!(TABLE[TABLE.len() - 1] == *SPARE.end());
 
+/// Whether a host may offer [`feature::FREEZING`] on this bit.
+fn is_freezing_bit(bit: u32) -> bool {
+    bit == feature::FREEZING || SPARE.contains(&bit)
+}
+
 /// What the administrator says about the feature, module parameter `freezing`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Override {
@@ -91,7 +96,10 @@ fn bit5_is_freezing(
 /// space.
 pub(crate) fn negotiate(dev: &virtio::Negotiation<'_>) -> Result {
     if !dev.has_feature(feature::VERSION_1) {
-        dev_err!(dev.as_ref(), "*ERROR* the device is older than virtio 1.0\n");
+        dev_err!(
+            dev.as_ref(),
+            "*ERROR* the device is older than virtio 1.0\n"
+        );
         return Err(ENODEV);
     }
     // Both of these have been there since the first version of the device.
@@ -147,11 +155,12 @@ impl Features {
     /// Reads what [`negotiate`] has left, and logs it as the C driver does.
     pub(crate) fn new(dev: &virtio::Device<device::Bound>) -> Result<Self> {
         let offered = dev.config_read_le32(config::NUM_SCANOUTS)?;
+        let bit = *module_parameters::freezing_bit.value_ref();
         let num_scanouts = offered.min(uapi::MAX_SCANOUTS as u32);
         let features = Self {
             edid: num_scanouts > 0 && dev.has_feature(feature::EDID),
             indirect: dev.has_feature(feature::INDIRECT_DESC),
-            freezing: dev.has_feature(*module_parameters::freezing_bit.value_ref()),
+            freezing: is_freezing_bit(bit) && dev.has_feature(bit),
             dma_addresses: dev.uses_dma_addresses(),
             num_scanouts,
             num_capsets: dev.config_read_le32(config::NUM_CAPSETS)?,
@@ -163,11 +172,14 @@ impl Features {
             "[drm] features: -virgl {}edid -resource_blob -host_visible\n",
             if features.edid { '+' } else { '-' }
         );
-        dev_info!(
-            dev,
-            "[drm] features: -context_init -blob_alignment{}\n",
-            if features.freezing { " +freezing" } else { "" }
-        );
+        dev_info!(dev, "[drm] features: -context_init -blob_alignment\n");
+        if !is_freezing_bit(bit) {
+            dev_warn!(
+                dev,
+                "[drm] freezing_bit={} is not such a bit, ignored\n",
+                bit
+            );
+        }
         if num_scanouts == 0 {
             dev_info!(dev, "[drm] KMS disabled\n");
         } else {
@@ -226,6 +238,16 @@ mod tests {
 
         assert!(bit5_is_freezing(Override::Always, true, Some(20), read));
         assert!(!bit5_is_freezing(Override::Never, false, Some(16), read));
+    }
+
+    #[test]
+    fn freezing_is_on_no_bit_that_means_something_else() {
+        for bit in [0, 1, 3, 24, 28, 32, 40, u32::MAX] {
+            assert!(!is_freezing_bit(bit));
+        }
+        assert!(is_freezing_bit(5));
+        assert!(is_freezing_bit(6));
+        assert!(is_freezing_bit(23));
     }
 
     #[test]

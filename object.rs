@@ -62,8 +62,8 @@ pub(crate) const CPP: u32 = 4;
 /// What a resource was made from, and is made from again.
 pub(crate) struct Resource {
     pub(crate) id: u32,
-    width: u32,
-    height: u32,
+    pub(crate) width: u32,
+    pub(crate) height: u32,
     /// The backing as it goes over the wire, an array of `virtio_gpu_mem_entry`.
     backing: KVVec<u8>,
     /// The host has been told to create it.
@@ -243,9 +243,17 @@ impl Resources {
                 height: resource.height,
             };
 
-            resource.create(queue, Who::Pm, Some(tally))?;
-            resource.transfer(queue, all, 0, Who::Pm, Some(tally))?;
+            let issued = resource
+                .create(queue, Who::Pm, Some(tally))
+                .and_then(|()| resource.transfer(queue, all, 0, Who::Pm, Some(tally)));
+
             count += 1;
+            match issued {
+                Ok(()) => {}
+                // One that there is no memory for is no reason to give up the others.
+                Err(e) if e == ENOMEM || e == E2BIG => tally.fail(),
+                Err(e) => return Err(e),
+            }
         }
         drop(live);
         queue.kick(CTRL);
@@ -279,11 +287,7 @@ impl DriverObject for Object {
     type Driver = DrmDriver;
     type Args = Room;
 
-    fn new(
-        dev: &drm::Device<DrmDriver>,
-        _size: usize,
-        room: Room,
-    ) -> impl PinInit<Self, Error> {
+    fn new(dev: &drm::Device<DrmDriver>, _size: usize, room: Room) -> impl PinInit<Self, Error> {
         try_pin_init!(Self {
             resources: dev.resources.clone(),
             resource: SetOnce::new(),
@@ -309,10 +313,8 @@ impl DriverObject for Object {
 
         let mut backing = KVVec::new();
         for run in object.runs(dma)? {
-            backing.extend_from_slice(
-                command::mem_entry(run.addr, run.len).as_bytes(),
-                GFP_KERNEL,
-            )?;
+            backing
+                .extend_from_slice(command::mem_entry(run.addr, run.len).as_bytes(), GFP_KERNEL)?;
         }
 
         let resource = dev.resources.add(args.width, args.height, backing)?;

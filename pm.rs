@@ -17,12 +17,13 @@
 //! |---|---|---|
 //! | suspend to RAM or idle, with FREEZING | everything | verify; if it has not, recover |
 //! | suspend to RAM or idle | nothing | recover |
-//! | the same, and the device was not reset | nothing | verify; if it has not, recover |
+//! | the same, and the device was not reset | as above | verify; if it has not, recover |
 //! | hibernation, in all of its phases | nothing | recover |
 
 use kernel::{
     device,
     prelude::*,
+    sync::atomic::Relaxed,
     virtio::{
         self,
         PmPhase, //
@@ -56,16 +57,34 @@ enum Stage {
     Failed,
 }
 
+/// Whether the host has the sentinel.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Sentinel {
+    Absent,
+    Present,
+    /// It was asked to create or destroy it, and has not answered.
+    Unknown,
+}
+
+impl Sentinel {
+    /// What is known after the host was asked for a `change` that leads to `goal`.
+    fn after(goal: Self, change: &Result) -> Self {
+        match change {
+            Ok(()) => goal,
+            Err(e) if *e == ETIMEDOUT => Self::Unknown,
+            Err(_) => Self::Absent,
+        }
+    }
+}
+
 /// What is remembered between suspend and resume, behind a lock of its own.
 pub(crate) struct State {
     stage: Stage,
-    /// What the PM core said was to come; nothing where the transport acts on its own account, as
-    /// it does for a Xen guest that is saved.
+    /// What the PM core said was to come; nothing where the transport acts on its own account.
     phase: Option<PmPhase>,
     /// The host has promised to keep everything.
     promised: bool,
-    /// The sentinel has been created since the device was last reset.
-    sentinel: bool,
+    sentinel: Sentinel,
     /// The display was on and waits to be turned on again.
     display: bool,
 }
@@ -76,7 +95,7 @@ impl State {
             stage: Stage::Awake,
             phase: None,
             promised: false,
-            sentinel: false,
+            sentinel: Sentinel::Absent,
             display: false,
         }
     }
@@ -97,11 +116,10 @@ impl Plan {
     /// `reset`: the device has been reset; `promised`: the host has said that it keeps everything
     /// all the same; `sentinel`: there is something to ask for.
     fn new(reset: bool, promised: bool, sentinel: bool) -> Self {
-        match (reset, sentinel) {
-            (false, false) => Plan::Keep,
-            (false, true) => Plan::Verify,
-            (true, sentinel) if sentinel && promised => Plan::Verify,
-            (true, _) => Plan::Recover,
+        match (reset, promised, sentinel) {
+            (false, _, false) => Plan::Keep,
+            (false, _, true) | (true, true, true) => Plan::Verify,
+            (true, _, _) => Plan::Recover,
         }
     }
 }
@@ -116,43 +134,58 @@ fn asks_to_keep(freezing: bool, phase: Option<PmPhase>) -> bool {
 ///
 /// On error everything is as before.
 fn quiesce(drm: &Device, state: &mut State) -> Result {
-    if state.stage != Stage::Awake {
+    if !matches!(state.stage, Stage::Awake | Stage::Failed) {
         return Ok(());
     }
 
     let queue = &drm.queue;
 
-    if drm.has_display() {
+    if drm.has_display() && !state.display {
         drm.suspend().inspect_err(|e| {
-            dev_err!(drm.as_ref(), "*ERROR* cannot suspend the display: {:?}\n", e);
+            dev_err!(
+                drm.as_ref(),
+                "*ERROR* cannot suspend the display: {:?}\n",
+                e
+            );
         })?;
         state.display = true;
     }
-
     state.promised = false;
+    if state.stage == Stage::Failed {
+        return Ok(());
+    }
+
+    let destroy = command::resource_unref(SENTINEL);
+    let create = command::resource_create_2d(SENTINEL, uapi::FORMAT_B8G8R8X8_UNORM, 1, 1);
+
+    if state.sentinel == Sentinel::Unknown {
+        // Refused where it is not there, which is as good.
+        let _ = queue.call_nodata(&destroy, Who::Kernel);
+    }
     // Always: whether the device will be reset is not known yet, another driver may abort this.
-    state.sentinel = queue
-        .call_nodata(
-            &command::resource_create_2d(SENTINEL, uapi::FORMAT_B8G8R8X8_UNORM, 1, 1),
-            Who::Kernel,
-        )
-        .is_ok();
+    let created = queue.call_nodata(&create, Who::Kernel);
+    state.sentinel = Sentinel::after(Sentinel::Present, &created);
 
     if !queue.drain() {
         dev_err!(
             drm.as_ref(),
             "*ERROR* the host does not answer, suspending all the same\n"
         );
-    } else if state.sentinel && asks_to_keep(drm.features.freezing, state.phase) {
-        state.promised = queue
-            .call_nodata(&command::status_freezing(true), Who::Pm)
-            .inspect_err(|_| {
+    } else if state.sentinel == Sentinel::Present
+        && asks_to_keep(drm.freezing.load(Relaxed), state.phase)
+    {
+        state.promised = match queue.call_nodata(&command::status_freezing(true), Who::Pm) {
+            Ok(()) => true,
+            Err(e) => {
                 dev_info!(
                     drm.as_ref(),
-                    "the host will not keep its resources, they will be recovered\n"
+                    "the host did not promise to keep its resources: {:?}\n",
+                    e
                 );
-            })
-            .is_ok();
+                // It may have heard, and must then be told when we are back.
+                e == ETIMEDOUT
+            }
+        };
     }
     queue.set_gate(Gate::Frozen);
     state.stage = Stage::Quiet;
@@ -164,7 +197,8 @@ pub(crate) fn suspend(drm: &Device, phase: PmPhase) -> Result {
     let mut state = drm.pm.lock();
 
     state.phase = Some(phase);
-    quiesce(drm, &mut state)
+    // The PM core does not call `resume` for a device that failed to suspend.
+    quiesce(drm, &mut state).inspect_err(|_| state.phase = None)
 }
 
 /// The transport is about to let the device sleep, or to reset it.
@@ -192,16 +226,17 @@ pub(crate) fn restore(drm: &Device, dev: &virtio::Device<device::Bound>) -> Resu
 pub(crate) fn resume(drm: &Device) -> Result {
     let mut state = drm.pm.lock();
     let result = match state.stage {
-        Stage::Quiet => {
-            revive(drm, &mut state, false).inspect_err(|e| wedge(drm, &mut state, *e))
-        }
+        Stage::Quiet => revive(drm, &mut state, false).inspect_err(|e| wedge(drm, &mut state, *e)),
         Stage::Awake => Ok(()),
         // The transport's own error has been logged.
         Stage::Down => {
             wedge(drm, &mut state, ENODEV);
             Err(ENODEV)
         }
-        Stage::Failed => Err(EIO),
+        Stage::Failed => {
+            wedge(drm, &mut state, EIO);
+            Err(EIO)
+        }
     };
 
     state.phase = None;
@@ -217,22 +252,33 @@ fn wedge(drm: &Device, state: &mut State, error: Error) {
     );
     drm.queue.set_gate(Gate::Wedged);
     state.stage = Stage::Failed;
+    // Nothing will be seen, but clients must not be left suspended.
+    if core::mem::take(&mut state.display) {
+        let _ = drm.resume();
+    }
 }
 
 /// Brings the host's side back and opens the gate. The queues work, and only we may use them.
 fn revive(drm: &Device, state: &mut State, reset: bool) -> Result {
     let queue = &drm.queue;
-    let plan = Plan::new(reset, state.promised, state.sentinel);
+    let plan = Plan::new(reset, state.promised, state.sentinel == Sentinel::Present);
+
+    if reset && plan == Plan::Recover {
+        state.sentinel = Sentinel::Absent;
+    }
+
     let kept = match plan {
-        // Not by a flush: there are hosts that flush what they do not have.
-        Plan::Verify => queue
-            .call_nodata(&command::resource_unref(SENTINEL), Who::Pm)
-            .is_ok(),
+        Plan::Verify => {
+            // Not by a flush: there are hosts that flush what they do not have.
+            let destroyed = queue.call_nodata(&command::resource_unref(SENTINEL), Who::Pm);
+
+            state.sentinel = Sentinel::after(Sentinel::Absent, &destroyed);
+            destroyed.is_ok()
+        }
         Plan::Recover => false,
         Plan::Keep => true,
     };
 
-    state.sentinel = false;
     if state.promised {
         state.promised = false;
         // What the host kept for nothing it may now forget, too.
@@ -248,7 +294,9 @@ fn revive(drm: &Device, state: &mut State, reset: bool) -> Result {
         }
     }
 
-    if kept {
+    if plan == Plan::Keep {
+        dev_info!(drm.as_ref(), "resumed, the device was not reset\n");
+    } else if kept {
         dev_info!(drm.as_ref(), "resumed, the host kept its resources\n");
     } else {
         let tally = Tally::new()?;
@@ -274,7 +322,10 @@ fn revive(drm: &Device, state: &mut State, reset: bool) -> Result {
         let changed = display::refresh(drm, Who::Kernel).unwrap_or(false);
 
         if core::mem::take(&mut state.display) {
-            drm.resume()?;
+            // The device works; user space can still turn on what was not.
+            if let Err(e) = drm.resume() {
+                dev_err!(drm.as_ref(), "*ERROR* cannot resume the display: {:?}\n", e);
+            }
         }
         if changed {
             drm.hotplug_event();
@@ -301,6 +352,17 @@ mod tests {
         assert_eq!(Plan::new(false, true, false), Plan::Keep);
         assert_eq!(Plan::new(false, false, false), Plan::Keep);
         assert_eq!(Plan::new(true, true, false), Plan::Recover);
+    }
+
+    #[test]
+    fn an_answer_that_does_not_come_says_nothing() {
+        let after = Sentinel::after;
+
+        assert_eq!(after(Sentinel::Present, &Ok(())), Sentinel::Present);
+        assert_eq!(after(Sentinel::Absent, &Ok(())), Sentinel::Absent);
+        assert_eq!(after(Sentinel::Present, &Err(EINVAL)), Sentinel::Absent);
+        assert_eq!(after(Sentinel::Present, &Err(ETIMEDOUT)), Sentinel::Unknown);
+        assert_eq!(after(Sentinel::Absent, &Err(ETIMEDOUT)), Sentinel::Unknown);
     }
 
     #[test]

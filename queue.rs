@@ -175,7 +175,10 @@ impl Token {
             match command::check(answer.as_slice(), self.expect) {
                 Ok(()) => Ok(answer),
                 Err((error, ty)) => {
-                    engine.refused(self.command, ty);
+                    // Who waits has the error, and knows whether it is one.
+                    if !matches!(self.done, Done::Reply(_)) {
+                        engine.refused(self.command, ty);
+                    }
                     Err(error)
                 }
             }
@@ -189,7 +192,7 @@ impl Token {
             }
             Done::Tally(tally) => {
                 if result.is_err() {
-                    tally.failed.fetch_add(1, Relaxed);
+                    tally.fail();
                 }
             }
             Done::Release(held) => engine.release(held),
@@ -220,6 +223,11 @@ impl Tally {
             },
             GFP_KERNEL,
         )?)
+    }
+
+    /// Counts a command that could not even be issued.
+    pub(crate) fn fail(&self) {
+        self.failed.fetch_add(1, Relaxed);
     }
 
     /// How many of the batch failed so far.
@@ -376,24 +384,31 @@ fn dequeue(queues: &Arc<Virtqueues<Engine, NUM_QUEUES>>, index: usize) {
 
     loop {
         guard.disable_callbacks();
-        while let Some(returned) = guard.get() {
-            let wake = {
-                let state = guard.state();
 
-                state.stalled = false;
-                state.sleepers > 0
-            };
+        let mut any = false;
+
+        while let Some(returned) = guard.get() {
+            any = true;
             // Not under the lock: to complete is to wake, and payloads may be large.
             drop(guard);
             match returned {
                 Ok(done) => done.token.complete(engine, done.answer),
-                Err(_) => kernel::do_once_lite! { dev_err!(engine.dev,
-                    "*ERROR* the host returned a buffer that it did not have\n") },
-            }
-            if wake {
-                engine.moved.notify_all();
+                Err(_) => kernel::do_once_lite! {
+                    dev_err!(
+                        engine.dev,
+                        "*ERROR* the host returned a buffer that it did not have\n"
+                    )
+                },
             }
             guard = queues.lock(index);
+        }
+        if any {
+            let state = guard.state();
+
+            state.stalled = false;
+            if state.sleepers > 0 {
+                engine.moved.notify_all();
+            }
         }
         if guard.enable_callbacks() {
             break;
@@ -462,7 +477,8 @@ impl Queue {
 
         let engine = self.0.handler();
 
-        self.0.stop(dev, |_, token| token.complete(engine, Err(ECANCELED)));
+        self.0
+            .stop(dev, |_, token| token.complete(engine, Err(ECANCELED)));
         // The host has no access any more, whatever it was or was not told.
         Engine::drop_list(&engine.limbo);
         engine.dequeue_ctrl.flush();
@@ -484,15 +500,17 @@ impl Queue {
         self.wait_idle()
     }
 
-    /// Waits until the host has answered everything, whoever may still issue commands.
+    /// Waits until the host has answered everything, whoever may still issue commands: as long as
+    /// it goes on answering, and [`TIMEOUT_MS`] after the last answer.
     pub(crate) fn wait_idle(&self) -> bool {
-        let mut left = msecs_to_jiffies(TIMEOUT_MS);
         let engine = self.0.handler();
 
         for index in 0..NUM_QUEUES {
             self.kick(index);
 
             let mut guard = self.0.lock(index);
+            let mut left = msecs_to_jiffies(TIMEOUT_MS);
+            let mut before = guard.in_flight();
 
             while guard.in_flight() > 0 {
                 if left == 0 || guard.is_broken() {
@@ -501,13 +519,23 @@ impl Queue {
                 guard.state().sleepers += 1;
                 left = guard.wait(&engine.moved, left);
                 guard.state().sleepers -= 1;
+                // A host that is slow is not one that is stuck.
+                if guard.in_flight() < before {
+                    before = guard.in_flight();
+                    left = msecs_to_jiffies(TIMEOUT_MS);
+                }
             }
         }
+        // A buffer leaves the queue before its token is complete.
+        engine.dequeue_ctrl.flush();
+        engine.dequeue_cursor.flush();
         true
     }
 
     fn in_flight(&self) -> usize {
-        (0..NUM_QUEUES).map(|index| self.0.lock(index).in_flight()).sum()
+        (0..NUM_QUEUES)
+            .map(|index| self.0.lock(index).in_flight())
+            .sum()
     }
 
     /// The device, as long as it has queues; see [`Virtqueues::device`].
@@ -545,7 +573,7 @@ impl Queue {
     /// lock that completing a command, reclaiming memory or faulting a page in may need.
     ///
     /// Errors: [`ENODEV`] when the device is gone, [`EIO`] when it is wedged, [`ETIMEDOUT`],
-    /// [`EINTR`] for a caller that is being killed, [`E2BIG`] for a command that the ring can never
+    /// [`ERESTARTSYS`] for a caller that is being killed, [`E2BIG`] for a command that the ring can never
     /// hold, [`ENOMEM`].
     pub(crate) fn submit<C: Command>(
         &self,

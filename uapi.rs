@@ -261,7 +261,10 @@ mod tests {
     #[test]
     fn layout_is_that_of_the_c_header() {
         assert_eq!(size_of::<CtrlHdr>(), size_of::<uapi::virtio_gpu_ctrl_hdr>());
-        assert_eq!(offset_of!(CtrlHdr, ty), offset_of!(uapi::virtio_gpu_ctrl_hdr, type_));
+        assert_eq!(
+            offset_of!(CtrlHdr, ty),
+            offset_of!(uapi::virtio_gpu_ctrl_hdr, type_)
+        );
         same_layout!(CtrlHdr, virtio_gpu_ctrl_hdr: flags, fence_id, ctx_id, ring_idx, padding);
         same_layout!(WireRect, virtio_gpu_rect: x, y, width, height);
         same_layout!(ResourceUnref, virtio_gpu_resource_unref: hdr, resource_id, padding);
@@ -282,10 +285,25 @@ mod tests {
 
     #[test]
     fn config_offsets_are_those_of_the_c_header() {
-        assert_eq!(config::EVENTS_READ, offset_of!(uapi::virtio_gpu_config, events_read));
-        assert_eq!(config::EVENTS_CLEAR, offset_of!(uapi::virtio_gpu_config, events_clear));
-        assert_eq!(config::NUM_SCANOUTS, offset_of!(uapi::virtio_gpu_config, num_scanouts));
-        assert_eq!(config::NUM_CAPSETS, offset_of!(uapi::virtio_gpu_config, num_capsets));
-        assert_eq!(config::BLOB_ALIGNMENT, offset_of!(uapi::virtio_gpu_config, blob_alignment));
+        assert_eq!(
+            config::EVENTS_READ,
+            offset_of!(uapi::virtio_gpu_config, events_read)
+        );
+        assert_eq!(
+            config::EVENTS_CLEAR,
+            offset_of!(uapi::virtio_gpu_config, events_clear)
+        );
+        assert_eq!(
+            config::NUM_SCANOUTS,
+            offset_of!(uapi::virtio_gpu_config, num_scanouts)
+        );
+        assert_eq!(
+            config::NUM_CAPSETS,
+            offset_of!(uapi::virtio_gpu_config, num_capsets)
+        );
+        assert_eq!(
+            config::BLOB_ALIGNMENT,
+            offset_of!(uapi::virtio_gpu_config, blob_alignment)
+        );
     }
 }

@@ -51,7 +51,7 @@ module! {
         },
         freezing: i32 {
             default: -1,
-            description: "The host keeps resources over suspend: -1 find out, 0 it does not, 1 it does",
+            description: "The host keeps resources over suspend: -1 find out, 0 no, 1 yes",
         },
         freezing_bit: u32 {
             default: 5,
