@@ -111,7 +111,7 @@ static int destroy_dumb(const struct buffer *buffer)
 	return ioctl(card, DRM_IOCTL_MODE_DESTROY_DUMB, &destroy);
 }
 
-/* A pattern in which every page differs from every other of every buffer. */
+/* A pattern in which every page differs from every other. */
 static void draw(const struct buffer *buffer, uint32_t seed)
 {
 	uint32_t *pixels = (uint32_t *)map_dumb(buffer);
@@ -525,10 +525,10 @@ static void run_suspend(int buffers)
 		struct buffer buffer;
 
 		check(create_dumb(&buffer, mode.hdisplay, mode.vdisplay), "creating a buffer");
-		draw(&buffer, i);
 		if (i == 0)
 			frames[0] = buffer;
 	}
+	draw(&frames[0], 1);
 	add_fb(&frames[0]);
 	check(set_crtc(frames[0].fb), "SETCRTC");
 	/* What is on the screen is looked at from the outside, before and after. */

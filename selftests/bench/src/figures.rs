@@ -136,7 +136,7 @@ fn cell(reference: Option<f64>, measured: Option<f64>) -> String {
 }
 
 /// Four digits are enough for a reader.
-fn short(value: f64) -> String {
+pub fn short(value: f64) -> String {
     match value {
         ..1e3 => exact((value * 100.0).round() / 100.0),
         1e3..1e4 => format!("{value:.0}"),

@@ -14,6 +14,7 @@ use plotters::prelude::*;
 use plotters::style::FontStyle;
 
 use crate::figures::{
+    self,
     Figures,
     MEASURED,
     REFERENCE, //
@@ -98,7 +99,7 @@ fn bars(area: &Area<'_, '_>, figures: &Figures, metric: &str, title: &str) -> Re
         .disable_y_mesh()
         .y_labels(2 * operations.len() + 1)
         .y_label_formatter(&label)
-        .x_label_formatter(&|value| format!("{value:.0}"))
+        .x_label_formatter(&|value| figures::short(*value))
         .label_style((FAMILY, 15))
         .draw()?;
     for (number, (driver, colour)) in DRIVERS.iter().enumerate() {
@@ -156,7 +157,7 @@ fn lines(area: &Area<'_, '_>, figures: &Figures, metric: &str, title: &str) -> R
         .configure_mesh()
         .x_desc("buffers of 1 MiB")
         .x_label_formatter(&|value| format!("{value:.0}"))
-        .y_label_formatter(&|value| format!("{value:.0}"))
+        .y_label_formatter(&|value| figures::short(*value))
         .label_style((FAMILY, 15))
         .draw()?;
     for (driver, colour) in DRIVERS {
