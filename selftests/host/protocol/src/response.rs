@@ -62,6 +62,8 @@ types! {
 }
 
 /// An answer.
+// There is no allocator to put the large variant elsewhere.
+#[allow(clippy::large_enum_variant)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Response<'a> {
     /// OK_NODATA.

@@ -146,7 +146,7 @@ enum Done {
     NoData,
     /// FREEZING=1 was accepted.
     Promise,
-    DisplayInfo([DisplayOne; MAX_SCANOUTS]),
+    DisplayInfo(Box<[DisplayOne; MAX_SCANOUTS]>),
     Capset(Capset),
     CapsetData(Vec<u8>),
     Edid([u8; 128]),
@@ -168,6 +168,8 @@ pub struct Device {
     scanouts: Vec<Scanout>,
     /// Resources that were dropped against the promise: the guest is not to blame for using them.
     broken: BTreeSet<u32>,
+    /// The promise was broken: what is left is in the way of a guest that makes everything anew.
+    lied: bool,
     /// Commands so far.
     number: u64,
     /// What was found in the command at hand.
@@ -192,6 +194,7 @@ impl Device {
             contexts: BTreeSet::new(),
             scanouts,
             broken: BTreeSet::new(),
+            lied: false,
             number: 0,
             found: Vec::new(),
             faults,
@@ -290,6 +293,8 @@ impl Device {
         if !resumed {
             self.features = features;
             let kept = self.power == Power::Promised && self.has_freezing();
+            self.lied =
+                kept && matches!(self.options.conduct, Conduct::DropAll | Conduct::DropOne(_));
             if kept {
                 self.power = Power::Waking { first: true };
                 match self.options.conduct {
@@ -568,7 +573,7 @@ impl Device {
                     promise = true;
                     Response::NoData
                 }
-                Done::DisplayInfo(displays) => Response::DisplayInfo(*displays),
+                Done::DisplayInfo(displays) => Response::DisplayInfo(**displays),
                 Done::Capset(set) => Response::CapsetInfo {
                     id: set.id,
                     max_version: set.max_version,
@@ -584,7 +589,9 @@ impl Device {
                 // not to blame for believing it.
                 let asked = matches!(refusal.rule, "unknown-resource" | "resource-exists")
                     && matches!(self.power, Power::Waking { .. });
-                if asked || refusal.rule == "broken-promise" {
+                let believed = refusal.rule == "broken-promise"
+                    || self.lied && matches!(refusal.rule, "resource-exists" | "backing-exists");
+                if asked || believed {
                     line.insert("note".into(), json!(refusal.text));
                 } else {
                     self.found.push((refusal.rule, refusal.text.clone()));
@@ -678,7 +685,7 @@ impl Device {
                 if let Some(place) = answer.bytes.get_mut(4..16) {
                     place[0] |= FLAG_FENCE as u8;
                     for byte in &mut place[4..] {
-                        *byte ^= random.next() as u8 | 1;
+                        *byte ^= random.number() as u8 | 1;
                     }
                 }
             }
@@ -687,7 +694,7 @@ impl Device {
             Action::Garbage => {
                 answer.bytes.resize(capacity.min(65536), 0);
                 for byte in answer.bytes.iter_mut().skip(HEADER_SIZE) {
-                    *byte = random.next() as u8;
+                    *byte = random.number() as u8;
                 }
                 answer.used = answer.bytes.len() as u32;
             }

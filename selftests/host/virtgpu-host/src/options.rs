@@ -150,8 +150,7 @@ impl Options {
             return Err(format!("more than {MAX_SCANOUTS} scanouts"));
         }
         if let Some(bit) = self.freezing {
-            let taken = bit < F_BLOB_ALIGNMENT
-                || bit >= 24
+            let taken = !(F_BLOB_ALIGNMENT..24).contains(&bit)
                 || (bit == F_BLOB_ALIGNMENT && self.blob_alignment.is_some());
             if taken {
                 return Err(format!(

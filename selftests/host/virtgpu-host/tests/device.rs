@@ -832,6 +832,16 @@ fn conduct() {
         guest.send(freezing(1));
         guest.reset();
         assert_eq!(guest.ids(), [left]);
+        // Nor is the guest blamed for making anew what it thinks is gone.
+        guest.send(unref(3 - left as u32));
+        guest.send(freezing(0));
+        guest.create_again(left as u32);
+        guest.create(3 - left as u32, 4, 2);
+        assert!(guest.rules().is_empty());
+        guest.reset();
+        guest.create(1, 4, 2);
+        guest.create_again(1);
+        assert_eq!(guest.rules(), ["resource-exists"]);
     }
     assert!("loyal".parse::<Conduct>().is_err());
 }
@@ -995,7 +1005,7 @@ fn random_commands() {
             .map(|at| match at % 4 {
                 0 => random.below(9) as u8,
                 1 => [0, 0, 0, 0x10][random.below(4) as usize],
-                _ if random.below(40) == 0 => random.next() as u8,
+                _ if random.below(40) == 0 => random.number() as u8,
                 _ => 0,
             })
             .collect();

@@ -132,7 +132,7 @@ impl Device {
                     // Displays may be as absurd as a test wants them.
                     left = left.wrapping_add(scanout.size.0);
                 }
-                Ok(Done::DisplayInfo(displays))
+                Ok(Done::DisplayInfo(Box::new(displays)))
             }
             Command::GetEdid { scanout } => {
                 self.need(F_EDID, "EDID")?;
