@@ -67,8 +67,9 @@ struct Arguments {
     #[arg(long)]
     png: Option<PathBuf>,
 
-    /// A scanout with a display of this size, or `off` without one; again for each further scanout
-    #[arg(long, value_name = "WxH|off", default_value = "1024x768")]
+    /// A scanout with a display of this size, or `off` without one; again for each further scanout.
+    /// `none` for no scanout at all
+    #[arg(long, value_name = "WxH|off|none", default_value = "1024x768")]
     display: Vec<String>,
 
     /// What is offered besides the 2D protocol
@@ -133,11 +134,13 @@ enum Ask {
 
 /// The device's part of the arguments.
 fn options(arguments: &Arguments) -> Result<Options, String> {
-    let displays: Result<_, _> = arguments
-        .display
-        .iter()
-        .map(|d| options::display(d))
-        .collect();
+    let displays = match &arguments.display[..] {
+        [none] if none == "none" => Vec::new(),
+        displays => displays
+            .iter()
+            .map(|text| options::display(text))
+            .collect::<Result<_, _>>()?,
+    };
     let freezing = match arguments.freezing.as_str() {
         "off" => None,
         bit => Some(virtgpu_host::fault::number32(bit)?),
@@ -145,7 +148,7 @@ fn options(arguments: &Arguments) -> Result<Options, String> {
     let conduct: Conduct = arguments.conduct.parse()?;
     let has = |feature| arguments.features.contains(&feature);
     let options = Options {
-        displays: displays?,
+        displays,
         edid: has(Feature::Edid),
         uuid: has(Feature::Uuid),
         blob: has(Feature::Blob),
