@@ -88,6 +88,8 @@ pub struct State {
     kicks: [u64; QUEUES.len()],
     /// Queues whose rings make no sense: not looked at until the next start.
     broken: [bool; QUEUES.len()],
+    /// How often a queue was stopped: tokens from before are no longer ours.
+    stops: u64,
     /// When the front-end was told that the guest's memory is known.
     mem_at: Instant,
 }
@@ -216,6 +218,7 @@ impl Gpu {
                 channel: None,
                 kicks: [0; QUEUES.len()],
                 broken: [false; QUEUES.len()],
+                stops: 0,
                 mem_at: Instant::now(),
             }),
             later: Condvar::new(),
@@ -416,13 +419,12 @@ impl Gpu {
                     Outcome::Answer(answer) => answer,
                     Outcome::Map(work, unfinished) => {
                         let backend = state.backend.clone();
-                        let life = state.rings[queue].get_ref().get_queue().ready();
+                        let stops = state.stops;
                         drop(state);
                         let made = self.map(backend, &work);
                         state = self.state();
                         let answer = state.device.mapped(&work, unfinished, made);
-                        let alive = state.rings[queue].get_ref().get_queue().ready();
-                        if !life || !alive {
+                        if stops != state.stops {
                             // Reset meanwhile: the buffers are no longer ours.
                             continue;
                         }
@@ -542,6 +544,7 @@ impl VhostUserBackend for Gpu {
     fn stop_vring(&self, queue_index: u32) -> io::Result<()> {
         let mut state = self.state();
         let queue = queue_index as usize;
+        state.stops += 1;
         let late = state.late.len();
         state.late.retain(|late| late.token.queue != queue);
         let late = (late - state.late.len()) as u64;

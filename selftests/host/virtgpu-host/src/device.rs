@@ -162,6 +162,8 @@ pub struct Device {
     features: u64,
     running: bool,
     power: Power,
+    /// FREEZING=1 was the last that was heard of FREEZING.
+    asked_to_keep: bool,
     events_read: u32,
     resources: BTreeMap<u32, Resource>,
     contexts: BTreeSet<u32>,
@@ -189,6 +191,7 @@ impl Device {
             features: 0,
             running: false,
             power: Power::Awake,
+            asked_to_keep: false,
             events_read: 0,
             resources: BTreeMap::new(),
             contexts: BTreeSet::new(),
@@ -291,6 +294,7 @@ impl Device {
     pub fn start(&mut self, features: u64, resumed: bool, early: u64) -> Vec<MapWork> {
         let mut work = Vec::new();
         if !resumed {
+            self.asked_to_keep = false;
             self.features = features;
             let kept = self.power == Power::Promised && self.has_freezing();
             self.lied =
@@ -346,9 +350,11 @@ impl Device {
         self.record.line("stop", json!({ "unanswered": unseen }));
     }
 
-    /// The promise to keep everything was given.
+    /// The promise to keep everything was given. It is none if the guest awoke meanwhile.
     pub fn promise(&mut self) {
-        self.power = Power::Promised;
+        if self.asked_to_keep {
+            self.power = Power::Promised;
+        }
     }
 
     /// Drops one resource, and says what is to be unmapped.

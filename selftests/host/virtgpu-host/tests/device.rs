@@ -938,6 +938,18 @@ fn an_error_does_nothing() {
     assert_eq!(guest.send(create), OK);
 }
 
+/// An answer that comes after the guest awoke is no promise either.
+#[test]
+fn a_promise_can_be_too_late() {
+    let mut guest = Guest::new();
+    guest.device.set_conduct("late:2s".parse().unwrap());
+    guest.show_picture();
+    assert!(guest.answer(freezing(1)).promise);
+    guest.send(freezing(0));
+    guest.device.promise();
+    assert_eq!(guest.device.state()["power"], "awake");
+}
+
 /// A spoilt answer to FREEZING=1 is no promise.
 #[test]
 fn a_spoilt_promise_is_none() {

@@ -360,6 +360,7 @@ impl Device {
                 "FREEZING was not negotiated",
             ));
         }
+        self.asked_to_keep = freezing == 1;
         match freezing {
             0 => {
                 if self.power == (Power::Waking { first: true }) && !self.options.lenient_thaw {
