@@ -11,8 +11,13 @@ mod suspend;
 
 use libtest_mimic::Arguments;
 
+/// How many guests run at once by default.
+const GUESTS: usize = 2;
+
 fn main() {
-    let arguments = Arguments::from_args();
+    let mut arguments = Arguments::from_args();
+    // A guest keeps a processor busy, and a gigabyte of memory. More at once are for who asks for them.
+    arguments.test_threads.get_or_insert(GUESTS);
     let mut trials = Vec::new();
     trials.extend(identity::trials());
     trials.extend(display::trials());

@@ -29,6 +29,16 @@ const CYCLES: u8 = 3;
 /// What the device offers first, and what the second output is given.
 const SIZE: (u32, u32) = (1280, 800);
 
+/// Properties of the device that change what the driver negotiates with it.
+const VARIANTS: [(&str, &str); 6] = [
+    ("edid_off", "edid=off"),
+    ("packed", "packed=on"),
+    ("event_idx_off", "event_idx=off"),
+    ("indirect_desc_off", "indirect_desc=off"),
+    ("iommu_platform", "iommu_platform=on"),
+    ("sixteen_outputs", "max_outputs=16"),
+];
+
 /// What is on the screen when the guest goes down.
 #[derive(Clone, Copy)]
 enum Content {
@@ -72,6 +82,12 @@ pub fn trials() -> Vec<Trial> {
                 }));
             }
         }
+    }
+    for (name, properties) in VARIANTS {
+        trials.push(trial(format!("suspend::variant::{name}"), move |case| {
+            let machine = Machine::with_gpu(&format!("virtio-gpu-pci,{properties}"));
+            survives(case, &machine, Content::Still, |vm| Sleep::S3.cycle(vm))
+        }));
     }
     for (content_name, content) in [("still", Content::Still), ("console", Content::Console)] {
         trials.push(trial(
