@@ -2,7 +2,8 @@
 
 //! In-kernel clients: the console on a framebuffer device, and the boot log.
 //!
-//! C header: [`include/drm/clients/drm_client_setup.h`](srctree/include/drm/clients/drm_client_setup.h)
+//! C header:
+//! [`include/drm/clients/drm_client_setup.h`](srctree/include/drm/clients/drm_client_setup.h)
 
 use crate::{
     bindings,
