@@ -15,8 +15,7 @@ use crate::fault::{number, number32};
 use crate::options::display;
 
 /// What can be asked, for `--help`.
-pub const HELP: &str = "\
-  state                      scanouts, resources, what was negotiated
+pub const HELP: &str = "  state                      scanouts, resources, what was negotiated
   counters                   how often each thing happened
   violations                 what the guest did that the specification forbids
   faults                     what was injected

@@ -644,7 +644,7 @@ impl Device {
 
     fn check_alignment(&mut self, what: &str, number: u64) {
         if let Some(alignment) = self.options.blob_alignment {
-            if self.has(F_BLOB_ALIGNMENT) && number % u64::from(alignment) != 0 {
+            if self.has(F_BLOB_ALIGNMENT) && !number.is_multiple_of(alignment.into()) {
                 let text = format!("the {what} {number:#x} is not aligned to {alignment:#x}");
                 self.find("blob-alignment", text);
             }
@@ -749,7 +749,7 @@ impl Device {
             return Err(invalid("mapped-twice", "the blob is mapped already"));
         }
         let end = offset.checked_add(blob.size).filter(|&end| end <= region);
-        let Some(end) = end.filter(|_| offset % PAGE_SIZE == 0) else {
+        let Some(end) = end.filter(|_| offset.is_multiple_of(PAGE_SIZE)) else {
             let text = format!("{:#x} bytes at {offset:#x} of {region:#x}", blob.size);
             return Err(invalid("outside", text));
         };
