@@ -258,7 +258,9 @@ impl virtio::Driver for VirtioDriver {
             let device: ARef<Device> = (&*drm).into();
 
             start(dev, &device)
-                .and_then(|()| drm::Registration::new_static(parent, drm, Ok::<_, Error>(())))
+                .and_then(|()| {
+                    drm::Registration::new_static(dev.as_ref(), parent, drm, Ok::<_, Error>(()))
+                })
                 .inspect_err(|_| queue.stop(dev, false, Gate::Gone))
                 .map(|registration| {
                     drm::client::setup(&registration);

@@ -25,16 +25,21 @@ use crate::{
         to_result, //
     },
     prelude::*,
-    sync::atomic::{
-        Acquire,
-        Atomic,
-        Full,
-        Release, //
+    sync::{
+        atomic::{
+            Acquire,
+            Atomic,
+            Full,
+            Release, //
+        },
+        Arc,
+        Completion, //
     },
     types::{
         NotThreadSafe,
         Opaque, //
-    }, //
+    },
+    workqueue, //
 };
 use core::{
     cell::Cell,
@@ -125,7 +130,7 @@ struct Vtables<D: Driver>(core::marker::PhantomData<D>);
 impl<D: Driver> Vtables<D> {
     const MODE_CONFIG: bindings::drm_mode_config_funcs = bindings::drm_mode_config_funcs {
         fb_create: Some(bindings::drm_gem_fb_create_with_dirty),
-        atomic_check: Some(bindings::drm_atomic_helper_check),
+        atomic_check: Some(Self::atomic_check),
         atomic_commit: Some(bindings::drm_atomic_helper_commit),
         ..pin_init::zeroed()
     };
@@ -135,6 +140,53 @@ impl<D: Driver> Vtables<D> {
             atomic_commit_tail: Some(Self::atomic_commit_tail),
             ..pin_init::zeroed()
         };
+
+    /// `drm_atomic_helper_check()`, after which no output is switched on that is off while the device
+    /// is unplugged.
+    ///
+    /// An ioctl may have begun before the device was unplugged, and end after its outputs were
+    /// disabled for good.
+    ///
+    /// # Safety
+    ///
+    /// `state` must be a commit of `dev`, a device of driver `D`, that is to be checked.
+    unsafe extern "C" fn atomic_check(
+        dev: *mut bindings::drm_device,
+        state: *mut bindings::drm_atomic_commit,
+    ) -> c_int {
+        // SAFETY: By the safety requirements of this function.
+        let ret = unsafe { bindings::drm_atomic_helper_check(dev, state) };
+        if ret != 0 {
+            return ret;
+        }
+
+        let mut idx = 0;
+
+        // SAFETY: By the safety requirements of this function.
+        if unsafe { bindings::drm_dev_enter(dev, &mut idx) } {
+            // SAFETY: `drm_dev_enter()` has succeeded. There is no need to stay inside: outputs
+            // are disabled after the device is unplugged, with the locks that the caller holds.
+            unsafe { bindings::drm_dev_exit(idx) };
+            return 0;
+        }
+
+        // SAFETY: By the safety requirements of this function. A commit has an entry for each CRTC
+        // of its device, and both states of those that are a part of it are valid.
+        let enables = unsafe {
+            (0..(*dev).mode_config.num_crtc as usize).any(|i| {
+                let crtc = (*state).crtcs.add(i);
+                let (old, new) = ((*crtc).old_state, (*crtc).new_state);
+
+                !new.is_null() && (*new).active && !(*old).active
+            })
+        };
+
+        if enables {
+            ENODEV.to_errno()
+        } else {
+            0
+        }
+    }
 
     /// `drm_atomic_helper_commit_tail()` with [`Driver::commit_flush`] in its middle.
     ///
@@ -379,8 +431,29 @@ pub(super) unsafe fn shutdown(dev: *mut bindings::drm_device) {
         unsafe { bindings::drm_atomic_commit_put(state) };
     }
 
-    // SAFETY: `dev` is valid and its mode configuration is complete.
-    unsafe { bindings::drm_atomic_helper_shutdown(dev) };
+    let done = Arc::pin_init(Completion::new(), GFP_KERNEL);
+    let spawned = done.as_ref().map_err(|e| *e).and_then(|done| {
+        let (done, dev) = (done.clone(), dev.expose_provenance());
+
+        workqueue::system_percpu()
+            .try_spawn(GFP_KERNEL, move || {
+                let dev = ptr::with_exposed_provenance_mut(dev);
+
+                // SAFETY: Whoever has enqueued this waits for it, hence `dev` is still valid and
+                // its mode configuration complete.
+                unsafe { bindings::drm_atomic_helper_shutdown(dev) };
+                done.complete_all();
+            })
+            .map_err(Error::from)
+    });
+
+    // The waits of a commit can be interrupted, and one that was has disabled nothing. No signal
+    // reaches a work item.
+    match (spawned, done) {
+        (Ok(()), Ok(done)) => done.wait_for_completion(),
+        // SAFETY: `dev` is valid and its mode configuration is complete.
+        _ => unsafe { bindings::drm_atomic_helper_shutdown(dev) },
+    }
 }
 
 /// Takes the reference to the saved state of a suspended device.

@@ -134,6 +134,17 @@ impl<C: DriverCrtc> Crtc<C> {
                 &Self::FUNCS,
                 ptr::null(),
             )
+        })
+        .inspect_err(|_| {
+            // Its last step may fail with the CRTC on the list of the device already.
+            //
+            // SAFETY: `raw` was zeroed before, so that it is on the list if it has a neighbour,
+            // and then it has all that is cleaned up.
+            unsafe {
+                if !(*raw).head.next.is_null() {
+                    bindings::drm_crtc_cleanup(raw);
+                }
+            }
         })?;
 
         // SAFETY: The CRTC was initialized above, and nobody uses it before registration.
