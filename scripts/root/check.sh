@@ -74,6 +74,9 @@ checkpatch()
 {
 	local status=0 file
 
+	# Without git, which takes a patch that it tracks for a source file.
+	local -x GIT_DIR=none
+
 	for file in patches/*.patch; do
 		"$tree/scripts/checkpatch.pl" --root="$tree" --strict --terse --show-types --quiet --codespell \
 			--ignore MISSING_SIGN_OFF "$file" || status=1
