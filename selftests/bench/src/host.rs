@@ -10,12 +10,7 @@ use anyhow::{
 };
 
 /// QEMU's trace events that are counted.
-pub const EVENTS: &[&str] = &[
-    "virtio_queue_notify",
-    "virtio_notify",
-    "virtqueue_pop",
-    "address_space_map",
-];
+pub const EVENTS: &[&str] = &["virtio_notify", "virtqueue_pop", "address_space_map"];
 
 /// What arrived at the host in a measurement or a span of it.
 #[derive(Debug, Default, Clone)]
@@ -64,6 +59,13 @@ struct Picture {
     kicked: Option<u64>,
 }
 
+fn count(interval: &mut Interval, span: Option<&str>, add: impl Fn(&mut Traffic)) {
+    add(&mut interval.traffic);
+    if let Some(span) = span {
+        add(interval.spans.entry(span.to_owned()).or_default());
+    }
+}
+
 /// Reads QEMU's log, with the trace and with the plugin's lines.
 pub fn parse(log: &str) -> Result<Vec<Interval>> {
     let mut intervals = Vec::new();
@@ -86,6 +88,9 @@ pub fn parse(log: &str) -> Result<Vec<Interval>> {
                 }
                 "leave" => span = None,
                 "point" if name == KICK => {
+                    if let Some(interval) = &mut current {
+                        count(interval, span.as_deref(), |traffic| traffic.kicks += 1);
+                    }
                     if let Some(picture) = &mut picture {
                         picture.kicked = Some(clock.parse()?);
                     }
@@ -97,16 +102,9 @@ pub fn parse(log: &str) -> Result<Vec<Interval>> {
         let Some(interval) = &mut current else {
             continue;
         };
-        let mut count = |add: &dyn Fn(&mut Traffic)| {
-            add(&mut interval.traffic);
-            if let Some(span) = &span {
-                add(interval.spans.entry(span.clone()).or_default());
-            }
-        };
+        let mut count = |add: &dyn Fn(&mut Traffic)| count(interval, span.as_deref(), add);
         let event = words[0];
-        if event == "virtio_queue_notify" {
-            count(&|traffic| traffic.kicks += 1);
-        } else if event == "virtio_notify" {
+        if event == "virtio_notify" {
             count(&|traffic| traffic.interrupts += 1);
         } else if event == "address_space_map" {
             // as:0x5 addr 0x1000:18 write:0 attrs:0x1
@@ -161,7 +159,6 @@ mod tests {
         let log = "bench start - 1\n\
                    bench enter restore 2\n\
                    bench point kick 10\n\
-                   virtio_queue_notify vdev 0x1 n 0 vq 0x2\n\
                    address_space_map as:0x5 addr 0x1000:18 write:0 attrs:0x1\n\
                    address_space_map as:0x5 addr 0x1000:8 write:1 attrs:0x1\n\
                    virtqueue_pop vq 0x1 elem 0x2 in_num 1 out_num 1\n\
@@ -181,6 +178,8 @@ mod tests {
         assert_eq!(interval.traffic.commands(), 4);
         assert_eq!(interval.traffic.bytes, 0x20);
         assert_eq!(interval.traffic.interrupts, 1);
+        assert_eq!(interval.traffic.kicks, 2);
+        assert_eq!(interval.spans[RESTORE].kicks, 1);
         assert_eq!(interval.spans[RESTORE].commands(), 3);
     }
 }

@@ -6,6 +6,7 @@
 mod counts;
 mod figures;
 mod host;
+mod keeper;
 mod plot;
 mod programs;
 mod symbols;
@@ -17,7 +18,10 @@ use std::path::{
     PathBuf, //
 };
 use std::process::ExitCode;
-use std::time::Duration;
+use std::time::{
+    Duration,
+    Instant, //
+};
 
 use anyhow::{
     Context,
@@ -27,6 +31,10 @@ use anyhow::{
     ensure, //
 };
 use clap::Parser;
+use image::{
+    Rgb,
+    RgbImage, //
+};
 use virtgpu_guest::wire::Report;
 use virtgpu_lab::kernel::{
     self,
@@ -49,6 +57,7 @@ use crate::figures::{
     REFERENCE, //
 };
 use crate::host::Traffic;
+use crate::keeper::Keeper;
 use crate::symbols::{
     Image,
     Modules,
@@ -103,6 +112,7 @@ fn run(arguments: &Arguments) -> Result<()> {
     let bench = Bench {
         plugin: programs::plugin(&dir)?,
         guest: programs::guest(&dir)?,
+        keeper: keeper::build()?,
         image: Image::read(&kernel::vmlinux()?)?,
         dir,
     };
@@ -119,7 +129,13 @@ fn run(arguments: &Arguments) -> Result<()> {
         }
         for buffers in &arguments.buffers {
             println!("measuring the {driver} driver's suspend with {buffers} MiB of buffers");
-            bench.suspend(&kernel, *buffers, &mut figures)?;
+            bench.suspend(&kernel, *buffers, Host::Forgets, &mut figures)?;
+        }
+        if *driver == Driver::Rust {
+            for buffers in arguments.buffers.iter().filter(|it| **it <= KEEPER_LIMIT) {
+                println!("... on a host that keeps {buffers} MiB of buffers");
+                bench.suspend(&kernel, *buffers, Host::Keeps, &mut figures)?;
+            }
         }
     }
     fs::write(bench.dir.join("results.csv"), figures.csv())?;
@@ -138,10 +154,26 @@ struct Done {
     nanoseconds: u64,
 }
 
+/// What the host does when the device is reset for suspend.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Host {
+    /// QEMU's device forgets everything.
+    Forgets,
+    /// The reference host keeps everything, if it is told to (FREEZING).
+    Keeps,
+}
+
+/// How many buffers the host that keeps them has room for, beside the console's.
+const KEEPER_LIMIT: u32 = 1000;
+
+/// Memory of the guest.
+const MEMORY: &str = "3G";
+
 /// What is the same for all guests.
 struct Bench {
     plugin: PathBuf,
     guest: PathBuf,
+    keeper: PathBuf,
     image: Image,
     dir: PathBuf,
 }
@@ -149,13 +181,14 @@ struct Bench {
 /// A guest that is measured.
 struct Guest<'a> {
     vm: Vm,
+    keeper: Option<Keeper>,
     counts: PathBuf,
     symbols: Symbols<'a>,
     driver: Driver,
 }
 
 impl Bench {
-    fn boot(&self, kernel: &Kernel, name: &str, processor: &str) -> Result<Guest<'_>> {
+    fn boot(&self, kernel: &Kernel, name: &str, processor: &str, host: Host) -> Result<Guest<'_>> {
         let dir = self.dir.join(format!("{}-{name}", name_of(kernel.driver)));
         fs::create_dir_all(&dir)?;
         let counts = dir.join("counts");
@@ -182,14 +215,14 @@ impl Bench {
             "-d".into(),
             "guest_errors,plugin".into(),
             "-m".into(),
-            "3G".into(),
+            MEMORY.into(),
             "-cpu".into(),
             processor.into(),
         ];
         for event in host::EVENTS {
             arguments.extend([String::from("-trace"), event.to_string()]);
         }
-        let machine = Machine {
+        let mut machine = Machine {
             icount: true,
             append: "nokaslr".into(),
             programs: vec![self.guest.clone()],
@@ -197,6 +230,13 @@ impl Bench {
             // What the host keeps of the resources is limited to 256 MiB otherwise.
             ..Machine::with_gpu("virtio-gpu-pci,max_hostmem=4G")
         };
+        let keeper = match host {
+            Host::Forgets => None,
+            Host::Keeps => Some(Keeper::start(&self.keeper, &dir)?),
+        };
+        if let Some(keeper) = &keeper {
+            keeper.attach(&mut machine, MEMORY);
+        }
         let mut vm = Vm::boot(kernel, &machine, &dir)?;
         // A cursor that blinks would be measured as well.
         vm.run("echo 0 > /sys/class/graphics/fbcon/cursor_blink")?;
@@ -206,6 +246,7 @@ impl Bench {
         let modules = Modules::parse(&symbols)?;
         Ok(Guest {
             vm,
+            keeper,
             counts,
             symbols: Symbols {
                 image: &self.image,
@@ -216,7 +257,7 @@ impl Bench {
     }
 
     fn operations(&self, kernel: &Kernel, figures: &mut Figures) -> Result<()> {
-        let mut guest = self.boot(kernel, "operations", "max")?;
+        let mut guest = self.boot(kernel, "operations", "max", Host::Forgets)?;
         let start = guest.vm.mark();
         let program = guest.vm.start_program(&["virtgpu-bench", "operations"])?;
         let mut done = Vec::new();
@@ -236,43 +277,63 @@ impl Bench {
         guest.evaluate(&done, figures)
     }
 
-    fn suspend(&self, kernel: &Kernel, buffers: u32, figures: &mut Figures) -> Result<()> {
+    fn suspend(
+        &self,
+        kernel: &Kernel,
+        buffers: u32,
+        host: Host,
+        figures: &mut Figures,
+    ) -> Result<()> {
+        let name = match host {
+            Host::Forgets => buffers.to_string(),
+            Host::Keeps => format!("{buffers}_kept"),
+        };
         // Clearing the buffers is not measured here: let it take 8 bytes an instruction, not one.
         let processor = "max,-erms,-fsrm";
-        let mut guest = self.boot(kernel, &format!("suspend-{buffers}"), processor)?;
+        let mut guest = self.boot(kernel, &format!("suspend-{name}"), processor, host)?;
         guest.vm.run("echo devices > /sys/power/pm_test")?;
         // Its text would be drawn anew, which takes ten times the instructions of all the rest.
         guest.vm.run("echo 0 > /sys/class/vtconsole/vtcon1/bind")?;
         let start = guest.vm.mark();
-        let buffers_argument = buffers.to_string();
+        let argument = buffers.to_string();
         let program = guest
             .vm
-            .start_program(&["virtgpu-bench", "suspend", &buffers_argument])?;
+            .start_program(&["virtgpu-bench", "suspend", &argument])?;
         let expect = |guest: &mut Guest<'_>, number, text: &str| -> Result<String> {
             let line = line(&mut guest.vm, program, start, number)?.context("it has ended")?;
             ensure!(line.starts_with(text), "'{line}' instead of '{text}'");
             Ok(line)
         };
         expect(&mut guest, 0, "before")?;
-        let before = screen::dump(&mut guest.vm, 0)?;
-        ensure!(!screen::is_black(&before), "nothing is drawn");
+        let before = guest.picture()?;
+        ensure!(
+            before.pixels().any(|pixel| *pixel != Rgb([0, 0, 0])),
+            "nothing is drawn"
+        );
+        if let Some(keeper) = &guest.keeper {
+            keeper.mark(BEGIN)?;
+        }
         guest.vm.say(program, "")?;
         let line = expect(&mut guest, 1, "measured")?;
         let words: Vec<_> = line.split(' ').collect();
         let done = Done {
-            name: format!("suspend_{buffers}"),
+            name: format!("suspend_{name}"),
             times: 1,
             nanoseconds: words.last().context("no time")?.parse()?,
         };
-        let (after, right) = screen::watch(&mut guest.vm, 0, screen::SCREEN_LIMIT, |picture| {
-            *picture == before
-        })?;
+        let end = Instant::now() + screen::SCREEN_LIMIT;
+        let mut after = guest.picture()?;
+        while after != before && Instant::now() < end {
+            after = guest.picture()?;
+        }
         after.save(guest.vm.dir.join("after.png"))?;
         guest.evaluate(&[done], figures)?;
-        guest.evaluate_spans(buffers, right, figures)?;
-        Ok(())
+        guest.evaluate_spans(&name, after == before, figures)
     }
 }
+
+/// Mark in the record of a host that keeps things.
+const BEGIN: &str = "begin";
 
 /// Returns a line of a program's that was started after `start`, counted from 0, or nothing if it has ended well before.
 fn line(vm: &mut Vm, program: Program, start: Mark, number: usize) -> Result<Option<String>> {
@@ -301,12 +362,29 @@ fn line(vm: &mut Vm, program: Program, start: Mark, number: usize) -> Result<Opt
 }
 
 impl Guest<'_> {
+    /// Returns what the host shows.
+    fn picture(&mut self) -> Result<RgbImage> {
+        match &self.keeper {
+            None => screen::dump(&mut self.vm, 0),
+            Some(keeper) => keeper.picture(),
+        }
+    }
+
     fn read(&self) -> Result<(Vec<counts::Interval>, Vec<host::Interval>)> {
         let log = fs::read(self.vm.dir.join("qemu.log"))?;
-        Ok((
-            counts::parse(&fs::read_to_string(&self.counts)?)?,
-            host::parse(&String::from_utf8_lossy(&log))?,
-        ))
+        let mut arrived = host::parse(&String::from_utf8_lossy(&log))?;
+        if let Some(keeper) = &self.keeper {
+            keeper.add_traffic(BEGIN, arrived.first_mut().context("nothing is measured")?)?;
+        }
+        let counted = counts::parse(&fs::read_to_string(&self.counts)?)?;
+        Ok((counted, arrived))
+    }
+
+    /// Notes a time on the guest's clock. With a host that is not QEMU it is none: the guest waits for another process.
+    fn add_clock(&self, figures: &mut Figures, operation: &str, metric: &str, nanoseconds: f64) {
+        if self.keeper.is_none() {
+            figures.add(operation, self.name(), metric, nanoseconds / 1e3);
+        }
     }
 
     /// Notes the figures of the operations that were done, each for one time.
@@ -328,28 +406,28 @@ impl Guest<'_> {
                 &counted.counts,
                 &arrived.traffic,
             )?;
-            let microseconds = done.nanoseconds as f64 / 1e3 / times;
-            figures.add(&done.name, self.name(), "clock_us", microseconds);
+            let clock = done.nanoseconds as f64 / times;
+            self.add_clock(figures, &done.name, "clock_us", clock);
         }
         Ok(())
     }
 
     /// Notes the figures of the device's part of a suspend.
-    fn evaluate_spans(&self, buffers: u32, right: bool, figures: &mut Figures) -> Result<()> {
+    fn evaluate_spans(&self, case: &str, right: bool, figures: &mut Figures) -> Result<()> {
         let (counted, arrived) = self.read()?;
         let (counted, arrived) = (&counted[0], &arrived[0]);
         for span in &counted.spans {
-            let name = format!("{}_{buffers}", span.name);
+            let name = format!("{}_{case}", span.name);
             let traffic = arrived.spans.get(&span.name).cloned().unwrap_or_default();
             self.add(figures, &name, 1.0, &span.counts, &traffic)?;
-            figures.add(&name, self.name(), "clock_us", span.duration as f64 / 1e3);
+            self.add_clock(figures, &name, "clock_us", span.duration as f64);
             if span.name == host::RESTORE {
                 figures.add(&name, self.name(), "picture_right", right.into());
                 if let Some(frame) = arrived.first_frame
                     && right
                 {
-                    let microseconds = (frame - span.begin) as f64 / 1e3;
-                    figures.add(&name, self.name(), "first_frame_us", microseconds);
+                    let clock = (frame - span.begin) as f64;
+                    self.add_clock(figures, &name, "first_frame_us", clock);
                 }
             }
         }
