@@ -2,7 +2,7 @@
 
 //! Outputs: one CRTC, primary plane, encoder and connector for each of the host's scanouts.
 //!
-//! A commit queues commands and [`DrmDriver::commit_flush`] tells the host of all of them at once.
+//! A commit queues commands, and the host is told of all of them at once at its end.
 //! Nothing here waits for an answer but [`refresh`].
 
 use core::mem::size_of;

@@ -196,8 +196,8 @@ fn start(dev: &virtio::Device<Bound>, drm: &Device) -> Result {
     queue.open();
 
     if drm.features.freezing {
-        // A host may still keep what a guest that crashed in its sleep had left, and it has to prove
-        // that it knows the command: its bit may mean something else.
+        // A host may still keep what a guest that crashed in its sleep had left, and it has to
+        // prove that it knows the command: its bit may mean something else.
         match queue.call_nodata(&command::status_freezing(false), Who::Kernel) {
             Ok(()) => {
                 drm.freezing.store(true, Relaxed);

@@ -573,8 +573,8 @@ impl Queue {
     /// lock that completing a command, reclaiming memory or faulting a page in may need.
     ///
     /// Errors: [`ENODEV`] when the device is gone, [`EIO`] when it is wedged, [`ETIMEDOUT`],
-    /// [`ERESTARTSYS`] for a caller that is being killed, [`E2BIG`] for a command that the ring can never
-    /// hold, [`ENOMEM`].
+    /// [`ERESTARTSYS`] for a caller that is being killed, [`E2BIG`] for a command that the ring can
+    /// never hold, [`ENOMEM`].
     pub(crate) fn submit<C: Command>(
         &self,
         command: &C,

@@ -141,8 +141,8 @@ impl<D: Driver> Vtables<D> {
             ..pin_init::zeroed()
         };
 
-    /// `drm_atomic_helper_check()`, after which no output is switched on that is off while the device
-    /// is unplugged.
+    /// `drm_atomic_helper_check()`, after which no output is switched on that is off while the
+    /// device is unplugged.
     ///
     /// An ioctl may have begun before the device was unplugged, and end after its outputs were
     /// disabled for good.

@@ -451,10 +451,10 @@ impl<T, S: Unpin> Guard<'_, T, S> {
     /// `request` is copied. The device learns of the buffer when it is notified, see
     /// [`Guard::kick_prepare`]. No memory is allocated, unless the ring uses indirect descriptors.
     ///
-    /// Errors: [`ENOSPC`] if the ring is full for now, see [`AddError::is_full`], [`E2BIG`] if it is
-    /// too small, [`ENODEV`] if the queue is not connected, [`EIO`] if it is broken, [`EINVAL`] if
-    /// `request` is empty or longer than [`REQUEST_MAX`], or an inline response is empty or longer
-    /// than [`RESPONSE_INLINE`], and [`ENOMEM`].
+    /// Errors: [`ENOSPC`] if the ring is full for now, see [`AddError::is_full`], [`E2BIG`] if it
+    /// is too small, [`ENODEV`] if the queue is not connected, [`EIO`] if it is broken, [`EINVAL`]
+    /// if `request` is empty or longer than [`REQUEST_MAX`], or an inline response is empty or
+    /// longer than [`RESPONSE_INLINE`], and [`ENOMEM`].
     pub fn add(
         &mut self,
         request: &[u8],
@@ -526,8 +526,8 @@ impl<T, S: Unpin> Guard<'_, T, S> {
     }
 }
 
-/// The part of [`Virtqueues`] that does not depend on the driver, by which the bus abstraction finds
-/// them.
+/// The part of [`Virtqueues`] that does not depend on the driver, by which the bus abstraction
+/// finds them.
 pub(super) struct Link {
     stop: unsafe fn(NonNull<Link>, &Device<Bound>, rcu::Guard),
 }
