@@ -84,7 +84,7 @@ checkpatch()
 	while read -r file; do
 		"$tree/scripts/checkpatch.pl" --root="$tree" --strict --terse --show-types --quiet --codespell \
 			--file "$file" || status=1
-	done < <(ls ./*.rs Kconfig Makefile; find rust Documentation -type f)
+	done < <(ls ./*.rs Kconfig Makefile; find rust Documentation -type f ! -name "*.png")
 	return "$status"
 }
 
