@@ -14,6 +14,7 @@ use clap::{
     Subcommand, //
 };
 use image::RgbImage;
+use virtgpu_lab::client::Client;
 use virtgpu_lab::kernel::{
     self,
     Kernel, //
@@ -109,8 +110,9 @@ fn run() -> Result<ExitCode> {
         output.name, mode.width, mode.height
     );
     let setting = format!("{}:{}x{}", output.connector, mode.width, mode.height);
+    let console = vm.framebuffers()?.first().map(|shown| shown.framebuffer);
     let client = vm.start_program(&["modetest", "-M", "virtio_gpu", "-s", &setting])?;
-    let before = wait_drawn(&mut vm)?;
+    let before = wait_drawn(&mut vm, console)?;
     before.save(dir.join("before.png"))?;
 
     println!("suspending to RAM, and waking up");
@@ -125,8 +127,16 @@ fn run() -> Result<ExitCode> {
 
     let place = dir.display();
     if same {
+        // A picture that is there, but dead, is no success either.
+        let size = (mode.width, mode.height);
+        if let Err(error) = draw_on(&mut vm, size) {
+            println!(
+                "MISMATCH: the picture is back, but what is drawn now does not appear: {error:#}"
+            );
+            return Ok(ExitCode::FAILURE);
+        }
         println!(
-            "MATCH: the screen after suspend is the screen before, pixel for pixel ({place}/compare.png)"
+            "MATCH: the screen after suspend is the screen before, pixel for pixel, and shows what is drawn now ({place}/compare.png)"
         );
         Ok(ExitCode::SUCCESS)
     } else {
@@ -138,14 +148,19 @@ fn run() -> Result<ExitCode> {
     }
 }
 
+/// Draws other pictures, and expects them on the screen.
+fn draw_on(vm: &mut Vm, size: (u32, u32)) -> Result<()> {
+    let client = Client::start(vm, 1, &[size])?;
+    client.draw(vm, 2)?;
+    client.end(vm)
+}
+
 /// Waits until the screen shows what modetest drew: its own framebuffer, which is not the console's and not black.
-fn wait_drawn(vm: &mut Vm) -> Result<RgbImage> {
+fn wait_drawn(vm: &mut Vm, console: Option<u32>) -> Result<RgbImage> {
     let end = std::time::Instant::now() + vm::LIMIT;
-    let console = vm.framebuffers()?;
     loop {
-        let shown = vm.framebuffers()?;
-        if shown != console
-            && let Some(first) = shown.first()
+        if let Some(first) = vm.framebuffers()?.first()
+            && Some(first.framebuffer) != console
         {
             let (picture, right) = screen::watch(vm, 0, screen::SCREEN_LIMIT, |picture| {
                 screen::fingerprint(picture) == first.fingerprint && !screen::is_black(picture)
