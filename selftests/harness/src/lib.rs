@@ -2,6 +2,7 @@
 
 //! Boots guests in QEMU, gives them orders, and looks at their screens from the outside.
 
+mod accelerator;
 pub mod case;
 pub mod client;
 pub mod console;

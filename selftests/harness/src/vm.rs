@@ -58,6 +58,7 @@ use virtgpu_guest::wire::{
     Shown, //
 };
 
+use crate::accelerator;
 use crate::initramfs;
 use crate::kernel::Kernel;
 use crate::vnc::Window;
@@ -126,7 +127,7 @@ impl Machine {
     fn arguments(&self, kernel: &Kernel, dir: &Path, shell: bool) -> Result<Vec<String>> {
         let accelerator = match self.icount {
             true => "tcg",
-            false => "tcg,thread=multi",
+            false => accelerator::fastest(&kernel.image),
         };
         let mut append = format!(
             "console=ttyS0 no_console_suspend ignore_loglevel pm_debug_messages \
