@@ -141,7 +141,6 @@ impl Card {
             let (width, height) = framebuffer.size();
             all.push(wire::Shown {
                 connector: connector.handle().into(),
-                framebuffer: handle.into(),
                 width,
                 height,
                 fingerprint: self.fingerprint(&framebuffer)?,

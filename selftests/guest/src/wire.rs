@@ -66,8 +66,6 @@ pub struct CardInfo {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Shown {
     pub connector: u32,
-    /// The framebuffer's id, by which it differs from any other, whatever it shows.
-    pub framebuffer: u32,
     pub width: u32,
     pub height: u32,
     /// [`crate::picture::fingerprint`] of the guest's own copy.
