@@ -7,6 +7,7 @@ mod display;
 mod hibernate;
 mod hotplug;
 mod identity;
+mod kunit;
 mod suspend;
 
 use libtest_mimic::Arguments;
@@ -20,6 +21,7 @@ fn main() {
     arguments.test_threads.get_or_insert(GUESTS);
     let mut trials = Vec::new();
     trials.extend(identity::trials());
+    trials.extend(kunit::trials());
     trials.extend(display::trials());
     trials.extend(bad_input::trials());
     trials.extend(hotplug::trials());
