@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! What arrived at the host, by QEMU's log.
+//! What arrived at the host, by QEMU's log or by the record of the host that keeps everything.
 
 use std::collections::BTreeMap;
 
@@ -8,6 +8,7 @@ use anyhow::{
     Context,
     Result, //
 };
+use virtgpu_lab::host::Entry;
 
 /// QEMU's trace events that are counted.
 pub const EVENTS: &[&str] = &["virtio_notify", "virtqueue_pop", "address_space_map"];
@@ -148,6 +149,29 @@ pub fn parse(log: &str) -> Result<Vec<Interval>> {
         }
     }
     Ok(intervals)
+}
+
+/// Adds to `interval` what has arrived by the record of a reference host.
+pub fn add_record(record: &[Entry], interval: &mut Interval) {
+    let mut phase = FREEZE;
+    for entry in record {
+        let span = interval.spans.entry(phase.to_string()).or_default();
+        let all = &mut interval.traffic;
+        match entry.event.as_str() {
+            "stop" => phase = RESTORE,
+            "interrupt" => {
+                span.interrupts += 1;
+                all.interrupts += 1;
+            }
+            "command" => {
+                for traffic in [span, all] {
+                    let name = entry.command.to_lowercase();
+                    *traffic.commands.entry(name).or_default() += 1;
+                }
+            }
+            _ => {}
+        }
+    }
 }
 
 #[cfg(test)]

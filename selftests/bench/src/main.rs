@@ -6,7 +6,6 @@
 mod counts;
 mod figures;
 mod host;
-mod keeper;
 mod plot;
 mod programs;
 mod symbols;
@@ -31,11 +30,9 @@ use anyhow::{
     ensure, //
 };
 use clap::Parser;
-use image::{
-    Rgb,
-    RgbImage, //
-};
+use image::Rgb;
 use virtgpu_guest::wire::Report;
+use virtgpu_lab::host::after_mark;
 use virtgpu_lab::kernel::{
     self,
     Driver,
@@ -57,7 +54,6 @@ use crate::figures::{
     REFERENCE, //
 };
 use crate::host::Traffic;
-use crate::keeper::Keeper;
 use crate::symbols::{
     Image,
     Modules,
@@ -112,7 +108,6 @@ fn run(arguments: &Arguments) -> Result<()> {
     let bench = Bench {
         plugin: programs::plugin(&dir)?,
         guest: programs::guest(&dir)?,
-        keeper: keeper::build()?,
         image: Image::read(&kernel::vmlinux()?)?,
         dir,
     };
@@ -173,7 +168,6 @@ const MEMORY: &str = "3G";
 struct Bench {
     plugin: PathBuf,
     guest: PathBuf,
-    keeper: PathBuf,
     image: Image,
     dir: PathBuf,
 }
@@ -181,7 +175,6 @@ struct Bench {
 /// A guest that is measured.
 struct Guest<'a> {
     vm: Vm,
-    keeper: Option<Keeper>,
     counts: PathBuf,
     symbols: Symbols<'a>,
     driver: Driver,
@@ -214,8 +207,6 @@ impl Bench {
             plugin,
             "-d".into(),
             "guest_errors,plugin".into(),
-            "-m".into(),
-            MEMORY.into(),
             "-cpu".into(),
             processor.into(),
         ];
@@ -226,16 +217,18 @@ impl Bench {
             icount: true,
             append: "nokaslr".into(),
             programs: vec![self.guest.clone()],
+            memory: MEMORY,
             arguments,
             // What the host keeps of the resources is limited to 256 MiB otherwise.
             ..Machine::with_gpu("virtio-gpu-pci,max_hostmem=4G")
         };
-        let keeper = match host {
-            Host::Forgets => None,
-            Host::Keeps => Some(Keeper::start(&self.keeper, &dir)?),
-        };
-        if let Some(keeper) = &keeper {
-            keeper.attach(&mut machine, MEMORY);
+        if host == Host::Keeps {
+            let Machine { host, devices, .. } = Machine::on_reference_host(&[]);
+            machine = Machine {
+                host,
+                devices,
+                ..machine
+            };
         }
         let mut vm = Vm::boot(kernel, &machine, &dir)?;
         // A cursor that blinks would be measured as well.
@@ -246,7 +239,6 @@ impl Bench {
         let modules = Modules::parse(&symbols)?;
         Ok(Guest {
             vm,
-            keeper,
             counts,
             symbols: Symbols {
                 image: &self.image,
@@ -305,13 +297,13 @@ impl Bench {
             Ok(line)
         };
         expect(&mut guest, 0, "before")?;
-        let before = guest.picture()?;
+        let before = screen::dump(&mut guest.vm, 0)?;
         ensure!(
             before.pixels().any(|pixel| *pixel != Rgb([0, 0, 0])),
             "nothing is drawn"
         );
-        if let Some(keeper) = &guest.keeper {
-            keeper.mark(BEGIN)?;
+        if let Some(host) = &guest.vm.host {
+            host.mark(BEGIN)?;
         }
         guest.vm.say(program, "")?;
         let line = expect(&mut guest, 1, "measured")?;
@@ -322,9 +314,9 @@ impl Bench {
             nanoseconds: words.last().context("no time")?.parse()?,
         };
         let end = Instant::now() + screen::SCREEN_LIMIT;
-        let mut after = guest.picture()?;
+        let mut after = screen::dump(&mut guest.vm, 0)?;
         while after != before && Instant::now() < end {
-            after = guest.picture()?;
+            after = screen::dump(&mut guest.vm, 0)?;
         }
         after.save(guest.vm.dir.join("after.png"))?;
         guest.evaluate(&[done], figures)?;
@@ -362,19 +354,13 @@ fn line(vm: &mut Vm, program: Program, start: Mark, number: usize) -> Result<Opt
 }
 
 impl Guest<'_> {
-    /// Returns what the host shows.
-    fn picture(&mut self) -> Result<RgbImage> {
-        match &self.keeper {
-            None => screen::dump(&mut self.vm, 0),
-            Some(keeper) => keeper.picture(),
-        }
-    }
-
     fn read(&self) -> Result<(Vec<counts::Interval>, Vec<host::Interval>)> {
         let log = fs::read(self.vm.dir.join("qemu.log"))?;
         let mut arrived = host::parse(&String::from_utf8_lossy(&log))?;
-        if let Some(keeper) = &self.keeper {
-            keeper.add_traffic(BEGIN, arrived.first_mut().context("nothing is measured")?)?;
+        if let Some(host) = &self.vm.host {
+            let record = host.record()?;
+            let interval = arrived.first_mut().context("nothing is measured")?;
+            host::add_record(after_mark(&record, BEGIN)?, interval);
         }
         let counted = counts::parse(&fs::read_to_string(&self.counts)?)?;
         Ok((counted, arrived))
@@ -382,7 +368,7 @@ impl Guest<'_> {
 
     /// Notes a time on the guest's clock. With a host that is not QEMU it is none: the guest waits for another process.
     fn add_clock(&self, figures: &mut Figures, operation: &str, metric: &str, nanoseconds: f64) {
-        if self.keeper.is_none() {
+        if self.vm.host.is_none() {
             figures.add(operation, self.name(), metric, nanoseconds / 1e3);
         }
     }

@@ -15,6 +15,7 @@ use libtest_mimic::{
     Trial, //
 };
 
+use crate::host;
 use crate::kernel::{
     Kernel,
     results, //
@@ -31,6 +32,7 @@ pub struct Case {
     vm: Option<Vm>,
     dir: PathBuf,
     expected: Vec<&'static str>,
+    refused: Vec<&'static str>,
 }
 
 impl Case {
@@ -46,12 +48,18 @@ impl Case {
             vm: None,
             dir,
             expected: Vec::new(),
+            refused: Vec::new(),
         })
     }
 
     /// Says that a line with `text` in the kernel's log is what the case is about.
     pub fn expect_in_log(&mut self, text: &'static str) {
         self.expected.push(text);
+    }
+
+    /// Says that the reference host may refuse `command`, without being told to.
+    pub fn expect_refused(&mut self, command: &'static str) {
+        self.refused.push(command);
     }
 
     /// Boots the case's guest, and loads the driver.
@@ -77,12 +85,17 @@ impl Case {
             logs.push(log);
         }
         let mut refused = Vec::new();
+        let mut complaints = Vec::new();
+        let has_host = self.vm.as_ref().is_some_and(|vm| vm.host.is_some());
         for guest in ["guest", "guest-again"] {
             let dir = self.dir.join(guest);
             if dir.exists() {
                 logs.push(fs::read_to_string(dir.join("console.log"))?);
                 let log = String::from_utf8_lossy(&fs::read(dir.join("qemu.log"))?).into_owned();
                 refused.extend(logs::refused_commands(&log).into_iter().map(String::from));
+                if has_host {
+                    complaints.extend(host::complaints(&dir, &self.refused)?);
+                }
             }
         }
         let mut faults: Vec<_> = logs
@@ -90,7 +103,6 @@ impl Case {
             .flat_map(|log| logs::kernel_faults(log, &self.expected))
             .collect();
         faults.dedup();
-        let mut complaints = Vec::new();
         if let Some(first) = faults.first() {
             complaints.push(format!(
                 "the kernel's log has {} faults, the first: {first}",

@@ -9,10 +9,7 @@ use std::path::{
     Path,
     PathBuf, //
 };
-use std::process::{
-    Command,
-    Stdio, //
-};
+use std::process::Command;
 use std::sync::Mutex;
 
 use anyhow::{
@@ -21,12 +18,12 @@ use anyhow::{
     ensure, //
 };
 use cpio::newc;
-use serde_json::Value;
 use sha2::{
     Digest,
     Sha256, //
 };
 
+use crate::cargo;
 use crate::kernel::{
     Kernel,
     results, //
@@ -155,34 +152,20 @@ fn write(files: &BTreeMap<String, File>, mut to: &mut fs::File) -> Result<()> {
 fn guest_program() -> Result<PathBuf> {
     const TARGET: &str = "x86_64-unknown-linux-gnu";
 
-    // Once for all cases of a process. What cargo has to say while it builds is for the user.
+    // Once for all cases of a process.
     static BUILT: Mutex<Option<PathBuf>> = Mutex::new(None);
     let mut built = BUILT.lock().expect("not poisoned");
     if let Some(program) = &*built {
         return Ok(program.clone());
     }
-    let output = Command::new(env!("CARGO"))
-        .current_dir(concat!(env!("CARGO_MANIFEST_DIR"), "/../guest"))
-        .args([
-            "build",
-            "--release",
-            "--message-format=json-render-diagnostics",
-        ])
-        .args(["--target", TARGET])
-        .env(
+    let program = cargo::build(
+        Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../guest")),
+        &["--target", TARGET],
+        &[(
             "CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUSTFLAGS",
             "-Ctarget-feature=+crt-static",
-        )
-        .stderr(Stdio::inherit())
-        .output()
-        .context("cannot run cargo")?;
-    ensure!(output.status.success(), "the guest program does not build");
-    let messages = String::from_utf8(output.stdout)?;
-    let program = messages
-        .lines()
-        .filter_map(|line| serde_json::from_str::<Value>(line).ok())
-        .find_map(|message| message["executable"].as_str().map(PathBuf::from))
-        .context("cargo built no program for the guest")?;
+        )],
+    )?;
     Ok(built.insert(program).clone())
 }
 

@@ -3,9 +3,11 @@
 //! Boots guests in QEMU, gives them orders, and looks at their screens from the outside.
 
 mod accelerator;
+mod cargo;
 pub mod case;
 pub mod client;
 pub mod console;
+pub mod host;
 pub mod initramfs;
 pub mod kernel;
 pub mod logs;

@@ -46,6 +46,9 @@ enum What {
         /// QEMU's GPU, with its properties.
         #[arg(long, default_value = "virtio-gpu-pci")]
         device: String,
+        /// Have the GPU of the reference host instead, with these options of `virtgpu-host`.
+        #[arg(long, conflicts_with = "device", allow_hyphen_values = true)]
+        host: Option<String>,
         #[arg(required = true)]
         commands: Vec<String>,
     },
@@ -55,7 +58,19 @@ fn main() -> ExitCode {
     let result = match Arguments::parse().command {
         What::Run => run(),
         What::Shell => shell(),
-        What::Exec { device, commands } => exec(&device, &commands),
+        What::Exec {
+            device,
+            host,
+            commands,
+        } => {
+            let machine = match &host {
+                None => Machine::with_gpu(&device),
+                Some(options) => {
+                    Machine::on_reference_host(&options.split_whitespace().collect::<Vec<_>>())
+                }
+            };
+            exec(&machine, &commands)
+        }
     };
     match result {
         Ok(code) => code,
@@ -73,10 +88,10 @@ fn shell() -> Result<ExitCode> {
     Ok(ExitCode::from(status.code().unwrap_or(255) as u8))
 }
 
-fn exec(device: &str, commands: &[String]) -> Result<ExitCode> {
+fn exec(machine: &Machine, commands: &[String]) -> Result<ExitCode> {
     let kernel = Kernel::from_env()?;
     let dir = kernel::results()?.join("exec");
-    let mut vm = Vm::boot(&kernel, &Machine::with_gpu(device), &dir)?;
+    let mut vm = Vm::boot(&kernel, machine, &dir)?;
     for command in commands {
         let output = vm.try_run(command)?;
         print!("{}", output.out);

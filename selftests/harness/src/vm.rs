@@ -59,6 +59,7 @@ use virtgpu_guest::wire::{
 };
 
 use crate::accelerator;
+use crate::host::Host;
 use crate::initramfs;
 use crate::kernel::Kernel;
 use crate::vnc::Window;
@@ -74,13 +75,21 @@ const MONITOR_LIMIT: Duration = Duration::from_secs(20);
 
 const SIGTERM: i32 = 15;
 
+/// QEMU's end of the reference host. A configuration space of 24 bytes is one with a blob alignment.
+pub const REFERENCE: &str =
+    "vhost-user-test-device-pci,virtio-id=16,num_vqs=2,config_size=24,vq_size=256,chardev=gpu";
+
 /// A machine to boot.
 #[derive(Clone)]
 pub struct Machine {
     /// QEMU's `-machine`.
     pub machine: &'static str,
+    /// Memory, in QEMU's notation.
+    pub memory: &'static str,
     /// QEMU's `-device` arguments; the GPU has the id `gpu0`.
     pub devices: Vec<String>,
+    /// Options of the reference host, if the GPU is its.
+    pub host: Option<Vec<String>>,
     pub cpus: u32,
     /// Counted instructions for a clock: what the guest measures does not depend on the host.
     pub icount: bool,
@@ -101,7 +110,9 @@ impl Machine {
     pub fn with_gpu(device: &str) -> Self {
         Self {
             machine: "pc",
+            memory: "512M",
             devices: vec![format!("{device},id=gpu0")],
+            host: None,
             cpus: 1,
             icount: false,
             append: String::new(),
@@ -121,6 +132,15 @@ impl Machine {
                 format!("{device},id=gpu0,bus=port0"),
             ],
             ..Self::with_gpu(device)
+        }
+    }
+
+    /// A machine whose GPU is that of the reference host, which is given `options`. More properties can be added to the device,
+    /// [`REFERENCE`].
+    pub fn on_reference_host(options: &[&str]) -> Self {
+        Self {
+            host: Some(options.iter().map(|word| word.to_string()).collect()),
+            ..Self::with_gpu(REFERENCE)
         }
     }
 
@@ -160,7 +180,7 @@ impl Machine {
             "-cpu",
             "max",
             "-m",
-            "512M",
+            self.memory,
             "-display",
             &display,
             "-vga",
@@ -184,7 +204,18 @@ impl Machine {
         );
         add("-append", append);
         if self.icount {
-            add("-icount", "shift=0,sleep=off".into());
+            // The guest's clock must not run ahead while another process, which knows nothing of it, does something.
+            let sleep = if self.host.is_some() { "on" } else { "off" };
+            add("-icount", format!("shift=0,sleep={sleep}"));
+        }
+        if self.host.is_some() {
+            // It reads and writes the guest's memory.
+            let memory = self.memory;
+            add(
+                "-object",
+                format!("memory-backend-memfd,id=memory,size={memory},share=on"),
+            );
+            add("-machine", "memory-backend=memory".into());
         }
         for device in &self.devices {
             add("-device", device.clone());
@@ -254,6 +285,8 @@ pub struct Vm {
     pub dir: PathBuf,
     /// The machine that runs.
     pub machine: Machine,
+    /// The reference host, if the GPU is its.
+    pub host: Option<Host>,
     windows: Vec<Window>,
     sockets: TempDir,
 }
@@ -290,6 +323,14 @@ impl Vm {
         let listeners = (listen("monitor")?, listen("console")?, listen("agent")?);
 
         let mut arguments = machine.arguments(kernel, dir, false)?;
+        let host = match &machine.host {
+            None => None,
+            Some(options) => Some(Host::start(options, dir)?),
+        };
+        if let Some(host) = &host {
+            arguments.push("-chardev".into());
+            arguments.push(format!("socket,id=gpu,path={}", host.socket().display()));
+        }
         for (name, user) in [
             ("monitor", vec!["-qmp", "chardev:monitor"]),
             ("console", vec!["-serial", "chardev:console"]),
@@ -347,6 +388,7 @@ impl Vm {
             commands: 0,
             dir: dir.to_owned(),
             machine: machine.clone(),
+            host,
             windows: Vec::new(),
             sockets,
         };

@@ -4,6 +4,7 @@
 
 mod bad_input;
 mod display;
+mod freezing;
 mod hibernate;
 mod hotplug;
 mod identity;
@@ -27,5 +28,6 @@ fn main() {
     trials.extend(hotplug::trials());
     trials.extend(suspend::trials());
     trials.extend(hibernate::trials());
+    trials.extend(freezing::trials());
     libtest_mimic::run(&arguments, trials).exit();
 }
