@@ -44,7 +44,8 @@ clean-cache:
 #: make help         this text
 #:
 #: DRIVER=c                 with Linux's C driver, for the comparison (run, test, shell)
-#: DISPLAY_BACKEND=gtk|sdl  in a window (run)
+#: HOST=reference           on the reference host, which keeps everything while the guest sleeps (run)
+#: DISPLAY_BACKEND=gtk|sdl  in a window (run; the reference host has none)
 #: CASES=name               only the cases whose name contains this (test)
 #: DRM_VIRTGPU_RS=y         the driver built in
 #: KERNEL_CONFIG=name|file  a configuration of scripts/configs, or a file

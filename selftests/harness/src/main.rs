@@ -7,6 +7,7 @@ use std::process::ExitCode;
 use anyhow::{
     Context,
     Result,
+    bail,
     ensure, //
 };
 use clap::{
@@ -15,6 +16,11 @@ use clap::{
 };
 use image::RgbImage;
 use virtgpu_lab::client::Client;
+use virtgpu_lab::host::{
+    Entry,
+    after_mark,
+    commands, //
+};
 use virtgpu_lab::kernel::{
     self,
     Kernel, //
@@ -37,7 +43,8 @@ struct Arguments {
 
 #[derive(Subcommand)]
 enum What {
-    /// Have modetest draw, suspend to RAM, wake up, and compare the screen before and after.
+    /// Have modetest draw, suspend to RAM, wake up, and compare the screen before and after; on the host that HOST names (qemu or
+    /// reference).
     Run,
     /// Boot to a shell on this terminal.
     Shell,
@@ -107,11 +114,7 @@ fn run() -> Result<ExitCode> {
     let kernel = Kernel::from_env()?;
     let dir = kernel::results()?;
     println!("booting a guest with the {} driver", kernel.driver);
-    let mut vm = Vm::boot(
-        &kernel,
-        &Machine::with_gpu("virtio-gpu-pci"),
-        &dir.join("guest"),
-    )?;
+    let mut vm = Vm::boot(&kernel, &machine_from_env()?, &dir.join("guest"))?;
 
     let info = vm.card()?;
     let output = info
@@ -133,12 +136,18 @@ fn run() -> Result<ExitCode> {
     let before = wait_drawn(&mut vm)?;
     before.save(dir.join("before.png"))?;
 
+    if let Some(host) = &vm.host {
+        host.mark(SUSPEND)?;
+    }
     println!("suspending to RAM, and waking up");
     Sleep::S3.cycle(&mut vm)?;
     let (after, same) = screen::watch(&mut vm, 0, screen::SCREEN_LIMIT, |picture| {
         *picture == before
     })?;
     after.save(dir.join("after.png"))?;
+    if let Some(host) = &vm.host {
+        println!("{}", what_was_kept(&host.record()?)?);
+    }
     screen::side_by_side(&before, &after).save(dir.join("compare.png"))?;
     vm.say(client, "")?;
     vm.wait_end(client)?;
@@ -164,6 +173,40 @@ fn run() -> Result<ExitCode> {
         );
         Ok(ExitCode::FAILURE)
     }
+}
+
+/// Mark in the record of the reference host.
+const SUSPEND: &str = "suspend";
+
+/// Returns the machine whose GPU is the one that the variable `HOST` names; without it, QEMU's own is meant.
+fn machine_from_env() -> Result<Machine> {
+    match std::env::var("HOST").as_deref() {
+        Err(_) | Ok("" | "qemu") => Ok(Machine::with_gpu("virtio-gpu-pci")),
+        Ok("reference") => Ok(Machine::on_reference_host(&[])),
+        Ok(other) => bail!("HOST={other} is neither qemu nor reference"),
+    }
+}
+
+/// Says what the reference host had after the suspend, and what had to be made anew.
+fn what_was_kept(record: &[Entry]) -> Result<String> {
+    let record = after_mark(record, SUSPEND)?;
+    let reset = record
+        .iter()
+        .position(|entry| entry.event == "reset")
+        .context("the device was not reset")?;
+    let woken: Vec<_> = commands(&record[reset..]).collect();
+    let created = woken
+        .iter()
+        .filter(|entry| entry.command == "RESOURCE_CREATE_2D")
+        .count();
+    let had = match record[reset].more["kept"] == true {
+        true => format!("kept {} resources", record[reset].more["resources"]),
+        false => "kept nothing".into(),
+    };
+    Ok(format!(
+        "the host {had}; the guest has sent {} commands since, {created} of which created a resource",
+        woken.len()
+    ))
 }
 
 /// Draws other pictures, and expects them on the screen.
