@@ -76,6 +76,9 @@ struct Arguments {
     /// Leave out everything but suspend.
     #[arg(long)]
     only_suspend: bool,
+    /// Leave out suspend.
+    #[arg(long, conflicts_with = "only_suspend")]
+    only_operations: bool,
 }
 
 fn parse_driver(name: &str) -> Result<Driver> {
@@ -115,6 +118,11 @@ fn run(arguments: &Arguments) -> Result<()> {
         [] => &[Driver::C, Driver::Rust],
         chosen => chosen,
     };
+    let buffers = if arguments.only_operations {
+        &[]
+    } else {
+        &arguments.buffers[..]
+    };
     let mut figures = Figures::default();
     for driver in drivers {
         let kernel = Kernel::with_driver(*driver)?;
@@ -122,12 +130,12 @@ fn run(arguments: &Arguments) -> Result<()> {
             println!("measuring the {driver} driver");
             bench.operations(&kernel, &mut figures)?;
         }
-        for buffers in &arguments.buffers {
+        for buffers in buffers {
             println!("measuring the {driver} driver's suspend with {buffers} MiB of buffers");
             bench.suspend(&kernel, *buffers, Host::Forgets, &mut figures)?;
         }
         if *driver == Driver::Rust {
-            for buffers in arguments.buffers.iter().filter(|it| **it <= KEEPER_LIMIT) {
+            for buffers in buffers.iter().filter(|it| **it <= KEEPER_LIMIT) {
                 println!("... on a host that keeps {buffers} MiB of buffers");
                 bench.suspend(&kernel, *buffers, Host::Keeps, &mut figures)?;
             }
