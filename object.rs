@@ -64,8 +64,10 @@ pub(crate) struct Resource {
     pub(crate) id: u32,
     pub(crate) width: u32,
     pub(crate) height: u32,
-    /// The backing as it goes over the wire, an array of `virtio_gpu_mem_entry`.
-    backing: KVVec<u8>,
+    /// The backing as it goes over the wire, an array of `virtio_gpu_mem_entry`, and how many there
+    /// are.
+    backing: Arc<Payload>,
+    nr_entries: u32,
     /// The host has been told to create it.
     created: Atomic<bool>,
 }
@@ -73,13 +75,6 @@ pub(crate) struct Resource {
 impl Resource {
     /// Creates the resource on the host and attaches its backing.
     fn create(&self, queue: &Queue, who: Who, tally: Option<&Arc<Tally>>) -> Result {
-        let mut entries = KVVec::with_capacity(self.backing.len(), GFP_KERNEL)?;
-
-        entries.extend_from_slice(&self.backing, GFP_KERNEL)?;
-
-        let payload = Payload::new(entries)?;
-        let nr_entries = self.backing.len() / size_of::<uapi::MemEntry>();
-
         queue
             .submit(
                 &command::resource_create_2d(
@@ -96,8 +91,8 @@ impl Resource {
         self.created.store(true, Relaxed);
         queue
             .submit(
-                &command::resource_attach_backing(self.id, u32::try_from(nr_entries)?),
-                Some(payload),
+                &command::resource_attach_backing(self.id, self.nr_entries),
+                Some(&self.backing),
                 Token::unattended::<uapi::ResourceAttachBacking>(tally),
                 who,
             )
@@ -167,12 +162,14 @@ impl Resources {
             return Err(ENOSPC);
         }
 
+        let nr_entries = u32::try_from(backing.len() / size_of::<uapi::MemEntry>())?;
         let resource = Arc::new(
             Resource {
                 id,
                 width,
                 height,
-                backing,
+                backing: Arc::new(Payload::new(backing)?, GFP_KERNEL)?,
+                nr_entries,
                 created: Atomic::new(false),
             },
             GFP_KERNEL,

@@ -39,7 +39,10 @@ use kernel::{
         CondVar,
         SpinLock, //
     },
-    time::msecs_to_jiffies,
+    time::{
+        msecs_to_jiffies,
+        Jiffies, //
+    },
     virtio::{
         self,
         queue::{
@@ -169,8 +172,13 @@ impl Token {
         Self::new::<uapi::ResourceUnref>(Done::Release(held))
     }
 
+    /// Whether there is nothing to do: the host has carried out a command that nobody waits for.
+    fn is_routine(&self, answer: &Answer) -> bool {
+        matches!(self.done, Done::Log) && command::check(answer.as_slice(), self.expect).is_ok()
+    }
+
     /// Ends a command: the host has answered, or never will.
-    fn complete(self, engine: &Engine, result: Result<Answer>) {
+    fn complete(self, engine: &Engine, result: Result<&mut Answer>) {
         let result = result.and_then(|answer| {
             match command::check(answer.as_slice(), self.expect) {
                 Ok(()) => Ok(answer),
@@ -187,7 +195,7 @@ impl Token {
         match self.done {
             Done::Log => {}
             Done::Reply(reply) => {
-                *reply.answer.lock() = Some(result);
+                *reply.answer.lock() = Some(result.map(mem::take));
                 reply.done.complete_all();
             }
             Done::Tally(tally) => {
@@ -380,6 +388,8 @@ impl WorkItem<2> for Engine {
 /// Completes what the host has returned.
 fn dequeue(queues: &Arc<Virtqueues<Engine, NUM_QUEUES>>, index: usize) {
     let engine = queues.handler();
+    let mut answer = Answer::default();
+    let mut released = false;
     let mut guard = queues.lock(index);
 
     loop {
@@ -387,12 +397,20 @@ fn dequeue(queues: &Arc<Virtqueues<Engine, NUM_QUEUES>>, index: usize) {
 
         let mut any = false;
 
-        while let Some(returned) = guard.get() {
+        while let Some(returned) = guard.get(&mut answer) {
             any = true;
+            if matches!(&returned, Ok(done) if done.payload.is_none()
+                && done.token.is_routine(&answer))
+            {
+                continue;
+            }
             // Not under the lock: to complete is to wake, and payloads may be large.
             drop(guard);
             match returned {
-                Ok(done) => done.token.complete(engine, done.answer),
+                Ok(done) => {
+                    released |= matches!(done.token.done, Done::Release(_));
+                    done.token.complete(engine, Ok(&mut answer));
+                }
                 Err(_) => kernel::do_once_lite! {
                     dev_err!(
                         engine.dev,
@@ -400,6 +418,7 @@ fn dequeue(queues: &Arc<Virtqueues<Engine, NUM_QUEUES>>, index: usize) {
                     )
                 },
             }
+            answer = Answer::default();
             guard = queues.lock(index);
         }
         if any {
@@ -416,7 +435,7 @@ fn dequeue(queues: &Arc<Virtqueues<Engine, NUM_QUEUES>>, index: usize) {
     }
     drop(guard);
 
-    if engine.released.lock().is_some() {
+    if released {
         let _ = workqueue::system_percpu().enqueue::<Arc<_>, 2>(queues.clone());
     }
 }
@@ -426,6 +445,44 @@ pub(crate) struct Rejected {
     pub(crate) error: Error,
     pub(crate) token: Token,
 }
+
+/// A command whose answer somebody wants to have; see [`Queue::ask`].
+pub(crate) struct Question {
+    command: u32,
+    reply: Arc<Reply>,
+}
+
+impl Question {
+    /// Waits for the answer.
+    ///
+    /// Errors: what the host's answer comes closest to, and [`ETIMEDOUT`]: the host has until
+    /// [`TIMEOUT_MS`] to give one. [`ERESTARTSYS`] for a caller that is being killed.
+    pub(crate) fn wait(self, queue: &Queue, who: Who) -> Result<Answer> {
+        let done = &self.reply.done;
+        let limit = msecs_to_jiffies(TIMEOUT_MS);
+        let answered = match who {
+            Who::Ioctl => done.wait_for_completion_killable_timeout(limit)?,
+            _ => done.wait_for_completion_timeout(limit),
+        };
+
+        if !answered {
+            dev_err!(
+                queue.0.handler().dev,
+                "*ERROR* no answer to {} within {} ms\n",
+                uapi::command_name(self.command),
+                TIMEOUT_MS
+            );
+            return Err(ETIMEDOUT);
+        }
+
+        let answer = self.reply.answer.lock().take();
+
+        answer.unwrap_or(Err(EIO))
+    }
+}
+
+/// A queue, locked.
+type Guard<'a> = virtio::queue::Guard<'a, Token, QueueState>;
 
 /// The device's queues, as the driver sees them.
 #[derive(Clone)]
@@ -578,93 +635,94 @@ impl Queue {
     pub(crate) fn submit<C: Command>(
         &self,
         command: &C,
-        payload: Option<Payload>,
+        payload: Option<&Arc<Payload>>,
         token: Token,
         who: Who,
     ) -> Result<(), Rejected> {
-        self.submit_bytes(
-            command.as_bytes(),
-            payload,
-            Response::Inline(command::HEADER_LEN),
-            token,
-            who,
-        )
+        let mut response = Response::Inline(command::HEADER_LEN);
+
+        self.submit_bytes(command.as_bytes(), payload, &mut response, token, who)
     }
 
     fn submit_bytes(
         &self,
         command: &[u8],
-        mut payload: Option<Payload>,
-        mut response: Response,
+        payload: Option<&Arc<Payload>>,
+        response: &mut Response,
         mut token: Token,
         who: Who,
     ) -> Result<(), Rejected> {
-        let mut left = msecs_to_jiffies(TIMEOUT_MS);
+        let mut left = None;
         let mut guard = self.0.lock(CTRL);
 
         loop {
-            let admitted = match guard.state().gate.admit(who) {
-                ControlFlow::Continue(admitted) => admitted,
+            let full = match guard.state().gate.admit(who) {
+                ControlFlow::Continue(true) => {
+                    match guard.add(command, payload, response, token) {
+                        Ok(()) => return Ok(()),
+                        Err(refused) => {
+                            token = refused.token;
+                            if refused.error != ENOSPC {
+                                let error = refused.error;
+
+                                return Err(Rejected { error, token });
+                            }
+                        }
+                    }
+                    true
+                }
+                ControlFlow::Continue(false) => false,
                 ControlFlow::Break(error) => return Err(Rejected { error, token }),
             };
 
-            if admitted {
-                match guard.add(command, payload, response, token) {
-                    Ok(()) => return Ok(()),
-                    Err(full) if full.is_full() => {
-                        payload = full.payload;
-                        response = full.response;
-                        token = full.token;
-                    }
-                    Err(other) => {
-                        return Err(Rejected {
-                            error: other.error,
-                            token: other.token,
-                        })
-                    }
-                }
-                // Nothing has come back since the last one who waited gave up.
-                if left == 0 || guard.state().stalled {
-                    guard.state().stalled = true;
-                    return Err(Rejected {
-                        error: ETIMEDOUT,
-                        token,
-                    });
-                }
-            } else if left == 0 {
-                return Err(Rejected {
-                    error: ETIMEDOUT,
-                    token,
-                });
-            }
-            if who == Who::NoWait {
-                return Err(Rejected {
-                    error: EAGAIN,
-                    token,
-                });
-            }
+            let left = left.get_or_insert_with(|| msecs_to_jiffies(TIMEOUT_MS));
 
-            // The host may not have been told of what fills the ring.
-            if guard.kick_prepare() {
-                drop(guard);
-                self.0.notify(CTRL);
-                guard = self.0.lock(CTRL);
-                continue;
-            }
-
-            let moved = &self.0.handler().moved;
-
-            guard.state().sleepers += 1;
-            let slept = match who {
-                Who::Ioctl => guard.wait_killable(moved, left),
-                _ => Ok(guard.wait(moved, left)),
-            };
-            guard.state().sleepers -= 1;
-            match slept {
-                Ok(rest) => left = rest,
+            guard = match self.wait_to_enter(guard, full, who, left) {
+                Ok(guard) => guard,
                 Err(error) => return Err(Rejected { error, token }),
-            }
+            };
         }
+    }
+
+    /// Waits for room in the control queue, if it is `full`, or else before the gate, for `left` at
+    /// the most.
+    #[cold]
+    fn wait_to_enter<'a>(
+        &'a self,
+        mut guard: Guard<'a>,
+        full: bool,
+        who: Who,
+        left: &mut Jiffies,
+    ) -> Result<Guard<'a>> {
+        if full && (*left == 0 || guard.state().stalled) {
+            // Nothing has come back since the last one who waited gave up.
+            guard.state().stalled = true;
+            return Err(ETIMEDOUT);
+        }
+        if *left == 0 {
+            return Err(ETIMEDOUT);
+        }
+        if who == Who::NoWait {
+            return Err(EAGAIN);
+        }
+
+        // The host may not have been told of what fills the ring.
+        if guard.kick_prepare() {
+            drop(guard);
+            self.0.notify(CTRL);
+            return Ok(self.0.lock(CTRL));
+        }
+
+        let moved = &self.0.handler().moved;
+
+        guard.state().sleepers += 1;
+        let slept = match who {
+            Who::Ioctl => guard.wait_killable(moved, *left),
+            _ => Ok(guard.wait(moved, *left)),
+        };
+        guard.state().sleepers -= 1;
+        *left = slept?;
+        Ok(guard)
     }
 
     /// Puts a command into the control queue, tells the host, and waits for the answer, which is
@@ -673,7 +731,18 @@ impl Queue {
     /// Errors: those of [`Queue::submit`], and what the host's answer comes closest to; the host
     /// has until [`TIMEOUT_MS`] to give one.
     pub(crate) fn call<C: Command>(&self, command: &C, len: usize, who: Who) -> Result<Answer> {
-        let response = if len <= virtio::queue::RESPONSE_INLINE {
+        let question = self.ask(command, len, who)?;
+
+        self.kick(CTRL);
+        question.wait(self, who)
+    }
+
+    /// Puts a command into the control queue, whose answer is of length `len` at the most, and will
+    /// be waited for with [`Question::wait`]. The host learns of it with the next [`Queue::kick`].
+    ///
+    /// Errors: [`ENOMEM`], and those of [`Queue::submit`].
+    pub(crate) fn ask<C: Command>(&self, command: &C, len: usize, who: Who) -> Result<Question> {
+        let mut response = if len <= virtio::queue::RESPONSE_INLINE {
             Response::Inline(len)
         } else {
             Response::Pages(ResponseBuf::new(len)?)
@@ -685,39 +754,14 @@ impl Queue {
             }),
             GFP_KERNEL,
         )?;
+        let token = Token::new::<C>(Done::Reply(reply.clone()));
 
-        self.submit_bytes(
-            command.as_bytes(),
-            None,
-            response,
-            Token::new::<C>(Done::Reply(reply.clone())),
-            who,
-        )
-        .map_err(|rejected| rejected.error)?;
-        self.kick(CTRL);
-
-        let answered = match who {
-            Who::Ioctl => reply
-                .done
-                .wait_for_completion_killable_timeout(msecs_to_jiffies(TIMEOUT_MS))?,
-            _ => reply
-                .done
-                .wait_for_completion_timeout(msecs_to_jiffies(TIMEOUT_MS)),
-        };
-
-        if !answered {
-            dev_err!(
-                self.0.handler().dev,
-                "*ERROR* no answer to {} within {} ms\n",
-                uapi::command_name(C::TYPE),
-                TIMEOUT_MS
-            );
-            return Err(ETIMEDOUT);
-        }
-
-        let answer = reply.answer.lock().take();
-
-        answer.unwrap_or(Err(EIO))
+        self.submit_bytes(command.as_bytes(), None, &mut response, token, who)
+            .map_err(|rejected| rejected.error)?;
+        Ok(Question {
+            command: C::TYPE,
+            reply,
+        })
     }
 
     /// Like [`Queue::call`], for a command whose answer has no data.

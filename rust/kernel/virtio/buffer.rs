@@ -79,17 +79,55 @@ impl DmaPages {
         Ok(())
     }
 
+    /// Makes `len` bytes at `offset` zero.
+    ///
+    /// Errors: [`EINVAL`] if there are not as many.
+    pub(super) fn clear(&mut self, offset: usize, len: usize) -> Result {
+        let to = self.as_ptr(offset, len)?;
+
+        // SAFETY: By the type invariant, the memory is valid for writes, `to` is followed by as
+        // many bytes, and nothing but the device accesses them.
+        unsafe { ptr::write_bytes(to, 0, len) };
+        Ok(())
+    }
+
+    /// Returns the word at `offset`, a multiple of eight.
+    ///
+    /// # Safety
+    ///
+    /// At least one byte of it must be within the memory.
+    unsafe fn word(&self, offset: usize) -> u64 {
+        // SAFETY: By the safety requirements, one byte of this word is within the memory, and by
+        // the type invariant, all of it is. The access is volatile because the device may write to
+        // the word at the same time.
+        unsafe { self.memory.as_ptr().add(offset / 8).read_volatile() }
+    }
+
+    /// Copies `len` bytes from `offset`, a multiple of eight, to the beginning of `words`, along
+    /// with the rest of the word that the last of them is in.
+    ///
+    /// Errors: [`EINVAL`] if there are not as many bytes here, or if there is no room for them.
+    pub(super) fn read_words(&self, offset: usize, len: usize, words: &mut [u64]) -> Result {
+        self.as_ptr(offset, len)?;
+
+        let words = words.get_mut(..len.div_ceil(8)).ok_or(EINVAL)?;
+
+        for (i, word) in words.iter_mut().enumerate() {
+            // SAFETY: By the check above, at least one byte of this word is within the memory.
+            *word = unsafe { self.word(offset + 8 * i) };
+        }
+        Ok(())
+    }
+
     /// Copies what is at `offset`, a multiple of eight, to `data`.
     ///
     /// Errors: [`EINVAL`] if there are not as many bytes.
-    pub(super) fn read(&self, offset: usize, data: &mut [u8]) -> Result {
+    fn read(&self, offset: usize, data: &mut [u8]) -> Result {
         self.as_ptr(offset, data.len())?;
 
         for (i, chunk) in data.chunks_mut(8).enumerate() {
-            // SAFETY: By the check above, at least one byte of this word is within the memory, and
-            // by the type invariant, all of it is. The access is volatile because the device may
-            // write to the word at the same time.
-            let word = unsafe { self.memory.as_ptr().add(offset / 8 + i).read_volatile() };
+            // SAFETY: By the check above, at least one byte of this word is within the memory.
+            let word = unsafe { self.word(offset + 8 * i) };
 
             chunk.copy_from_slice(&word.to_ne_bytes()[..chunk.len()]);
         }
@@ -156,13 +194,14 @@ impl ResponseBuf {
         self.shared.as_ptr(0, self.capacity())
     }
 
-    /// Copies what the device wrote.
-    pub(super) fn complete(&mut self, written: usize) -> Result {
-        let copy = self.copy.get_mut(..written).ok_or(EPROTO)?;
-
-        self.shared.read(0, copy)?;
-        self.written = written;
-        Ok(())
+    /// Copies the `written` bytes that the device wrote, nothing if there is no room for as many.
+    pub(super) fn complete(&mut self, written: usize) {
+        self.written = 0;
+        if let Some(copy) = self.copy.get_mut(..written) {
+            if self.shared.read(0, copy).is_ok() {
+                self.written = written;
+            }
+        }
     }
 }
 

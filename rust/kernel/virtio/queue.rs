@@ -44,10 +44,7 @@ use crate::{
         SpinLockIrq, //
     },
     time::Jiffies,
-    types::{
-        Opaque,
-        ScopeGuard, //
-    },
+    types::ScopeGuard,
     workqueue::{
         HasWork,
         Work,
@@ -56,6 +53,10 @@ use crate::{
 };
 use core::{
     array,
+    mem::{
+        self,
+        size_of, //
+    },
     ops::Deref,
     ptr::{
         self,
@@ -111,30 +112,23 @@ pub enum Response {
     None,
 }
 
-impl Response {
-    fn capacity(&self) -> usize {
-        match self {
-            Response::Inline(len) => *len,
-            Response::Pages(buf) => buf.capacity(),
-            Response::None => 0,
-        }
-    }
-}
-
-/// What the device wrote, out of its reach.
-pub struct Answer(AnswerBytes);
-
-enum AnswerBytes {
-    Inline([u8; RESPONSE_INLINE], usize),
-    Pages(ResponseBuf),
+/// What the device wrote, out of its reach. See [`Guard::get`].
+#[derive(Default)]
+pub struct Answer {
+    inline: [u64; RESPONSE_INLINE / size_of::<u64>()],
+    /// Where the answer is if it is not `inline`.
+    pages: Option<ResponseBuf>,
+    /// How many bytes of `inline` it is.
+    len: usize,
 }
 
 impl Answer {
-    /// Returns the bytes that the device says it has written.
+    /// Returns the bytes that the device says it has written, and none if it says that it has
+    /// written more than it could.
     pub fn as_slice(&self) -> &[u8] {
-        match &self.0 {
-            AnswerBytes::Inline(bytes, written) => bytes.get(..*written).unwrap_or(&[]),
-            AnswerBytes::Pages(buf) => buf.as_slice(),
+        match &self.pages {
+            Some(buf) => buf.as_slice(),
+            None => self.inline.as_bytes().get(..self.len).unwrap_or(&[]),
         }
     }
 }
@@ -143,23 +137,17 @@ impl Answer {
 pub struct Completed<T> {
     /// The driver's token.
     pub token: T,
-    /// The device-readable memory that came with the request. Where it is large, it should not be
-    /// dropped with a lock held.
-    pub payload: Option<Payload>,
-    /// What the device wrote, or [`EPROTO`] if it claims to have written more than it could.
-    pub answer: Result<Answer>,
+    /// The device-readable memory that came with the request. It must not be dropped with a lock
+    /// held.
+    pub payload: Option<Arc<Payload>>,
 }
 
-/// Why [`Guard::add`] failed, and all that it was given.
+/// Why [`Guard::add`] failed, and the driver's token.
 pub struct AddError<T> {
     /// The reason.
     pub error: Error,
     /// The driver's token.
     pub token: T,
-    /// The device-readable memory.
-    pub payload: Option<Payload>,
-    /// The device-writable memory.
-    pub response: Response,
 }
 
 impl<T> AddError<T> {
@@ -169,14 +157,21 @@ impl<T> AddError<T> {
     }
 }
 
-/// A buffer in the hands of the device.
-struct InFlight<T> {
-    token: T,
-    payload: Option<Payload>,
-    response: Response,
+/// What belongs to a buffer that the device has.
+#[derive(Default)]
+struct Slot {
+    /// Whether there is one.
+    busy: bool,
+    /// How much the device may write.
+    capacity: usize,
+    /// Where it writes, if not to the inline response of the slot.
+    pages: Option<ResponseBuf>,
+    payload: Option<Arc<Payload>>,
 }
 
-/// A virtqueue that is connected to the device.
+/// A virtqueue that is connected to the device, and the memory that the device may access.
+///
+/// All that does not depend on the driver, so that there is one of it in the kernel.
 ///
 /// # Invariants
 ///
@@ -184,22 +179,25 @@ struct InFlight<T> {
 ///   to this structure, apart from `virtqueue_notify()` and the interrupt handler.
 /// - `slots` has as many elements as the ring, and `requests` and `responses` have room for as many
 ///   of each.
-/// - `free` has the index of every element of `slots` that is [`None`], and room for all.
+/// - `lists` has two elements for each slot, which are lists of one entry: the slot's request, and
+///   its inline response.
+/// - `free` has the index of every element of `slots` that is not busy, and room for all.
 /// - The buffers in the virtqueue are those in `slots`; what the virtqueue knows as `data` is one
 ///   more than the index of the slot.
-struct Ring<T> {
+struct Ring {
     vq: NonNull<bindings::virtqueue>,
     indirect: bool,
-    slots: KVVec<Option<InFlight<T>>>,
+    slots: KVVec<Slot>,
     free: KVVec<usize>,
+    lists: KVVec<[bindings::scatterlist; 2]>,
     requests: DmaPages,
     responses: DmaPages,
 }
 
 // SAFETY: A virtqueue can be used from any thread, one at a time, and everything else is owned.
-unsafe impl<T: Send> Send for Ring<T> {}
+unsafe impl Send for Ring {}
 
-impl<T> Ring<T> {
+impl Ring {
     /// # Safety
     ///
     /// `vq` must be a valid virtqueue without buffers, which nobody else uses, apart from
@@ -210,20 +208,43 @@ impl<T> Ring<T> {
         let size = unsafe { bindings::virtqueue_get_vring_size(vq.as_ptr()) } as usize;
         let mut slots = KVVec::with_capacity(size, GFP_KERNEL)?;
         let mut free = KVVec::with_capacity(size, GFP_KERNEL)?;
+        let mut lists = KVVec::with_capacity(size, GFP_KERNEL)?;
+        let requests = DmaPages::new(size * REQUEST_STRIDE)?;
+        let responses = DmaPages::new(size * RESPONSE_STRIDE)?;
 
         for slot in (0..size).rev() {
-            slots.push(None, GFP_KERNEL)?;
+            slots.push(Slot::default(), GFP_KERNEL)?;
             free.push(slot, GFP_KERNEL)?;
+        }
+        for slot in 0..size {
+            let mut pair = <[bindings::scatterlist; 2]>::zeroed();
+            let memory = [
+                requests.as_ptr(slot * REQUEST_STRIDE, REQUEST_STRIDE)?,
+                responses.as_ptr(slot * RESPONSE_STRIDE, RESPONSE_STRIDE)?,
+            ];
+
+            for ((list, memory), len) in pair
+                .iter_mut()
+                .zip(memory)
+                .zip([REQUEST_MAX, RESPONSE_INLINE])
+            {
+                // SAFETY: `list` is valid for writes. The memory is in the linear map, and as long
+                // as the stride.
+                unsafe { bindings::sg_init_one(list, memory.cast(), len as c_uint) };
+            }
+            lists.push(pair, GFP_KERNEL)?;
         }
 
         // INVARIANT: There are no buffers yet, and as many free slots as the ring has descriptors.
+        // The lists were set up above; they can be moved.
         Ok(Self {
             vq,
             indirect,
             slots,
             free,
-            requests: DmaPages::new(size * REQUEST_STRIDE)?,
-            responses: DmaPages::new(size * RESPONSE_STRIDE)?,
+            lists,
+            requests,
+            responses,
         })
     }
 
@@ -244,101 +265,111 @@ impl<T> Ring<T> {
         Ok(())
     }
 
-    /// Adds a buffer, and returns its slot.
+    /// Adds a buffer, and returns its slot. Takes [`Response::Pages`], and leaves
+    /// [`Response::None`]; on error everything is as before.
     fn add(
         &mut self,
         request: &[u8],
-        payload: Option<&Payload>,
-        response: &Response,
+        payload: Option<&Arc<Payload>>,
+        response: &mut Response,
     ) -> Result<usize> {
-        let capacity = response.capacity();
-
         if request.is_empty() || request.len() > REQUEST_MAX {
             return Err(EINVAL);
         }
-        if matches!(response, Response::Inline(len) if *len == 0 || *len > RESPONSE_INLINE) {
-            return Err(EINVAL);
-        }
         self.check_room(
-            1 + payload.map_or(0, Payload::pieces)
+            1 + payload.map_or(0, |payload| payload.pieces())
                 + usize::from(!matches!(response, Response::None)),
         )?;
 
-        let slot = *self.free.last().ok_or(ENOSPC)?;
-
-        // An answer that is not written must not look like the one before it.
-        self.responses
-            .write(slot * RESPONSE_STRIDE, &[0; RESPONSE_INLINE])?;
-        self.requests.write(slot * REQUEST_STRIDE, request)?;
-
-        let request_sg = Opaque::<bindings::scatterlist>::uninit();
-        let response_sg = Opaque::<bindings::scatterlist>::uninit();
-        let mut sgs = [ptr::null_mut(); 3];
+        let index = *self.free.last().ok_or(ENOSPC)?;
+        let slot = self.slots.get_mut(index).ok_or(EINVAL)?;
+        let [request_list, response_list] = self.lists.get_mut(index).ok_or(EINVAL)?;
+        let mut pages_list = bindings::scatterlist::zeroed();
+        let mut lists: [*mut bindings::scatterlist; 3] = [ptr::null_mut(); 3];
         let mut out = 1;
+        let mut ins = 1;
 
-        sgs[0] = request_sg.get();
-        // SAFETY: `request_sg` is valid for writes. The memory is in the linear map, as long as the
-        // stride, and lives until the device cannot access it any more.
-        unsafe {
-            bindings::sg_init_one(
-                request_sg.get(),
-                self.requests
-                    .as_ptr(slot * REQUEST_STRIDE, REQUEST_STRIDE)?
-                    .cast(),
-                request.len() as c_uint,
-            )
-        };
+        self.requests.write(index * REQUEST_STRIDE, request)?;
+        request_list.length = request.len() as c_uint;
+        lists[0] = request_list;
+
         if let Some(payload) = payload {
-            sgs[out] = payload.sgl();
+            lists[out] = payload.sgl();
             out += 1;
         }
 
-        let (memory, ins) = match response {
-            Response::Inline(_) => {
-                let offset = slot * RESPONSE_STRIDE;
-
-                (self.responses.as_ptr(offset, RESPONSE_STRIDE)?, 1)
+        let capacity = match response {
+            Response::Inline(len) => {
+                if *len == 0 || *len > RESPONSE_INLINE {
+                    return Err(EINVAL);
+                }
+                // An answer that is not written must not look like the one before it.
+                self.responses.clear(index * RESPONSE_STRIDE, *len)?;
+                response_list.length = *len as c_uint;
+                lists[out] = response_list;
+                *len
             }
-            Response::Pages(buf) => (buf.shared()?, 1),
-            Response::None => (ptr::null_mut(), 0),
+            Response::Pages(buf) => {
+                // SAFETY: `pages_list` is valid for writes. The memory is in the linear map and has
+                // room for `capacity` bytes.
+                unsafe {
+                    bindings::sg_init_one(
+                        &mut pages_list,
+                        buf.shared()?.cast(),
+                        buf.capacity() as c_uint,
+                    )
+                };
+                lists[out] = &mut pages_list;
+                buf.capacity()
+            }
+            Response::None => {
+                ins = 0;
+                0
+            }
         };
 
-        if ins == 1 {
-            sgs[out] = response_sg.get();
-            // SAFETY: `response_sg` is valid for writes. The memory is in the linear map, has room
-            // for `capacity` bytes, and lives until the device cannot access it any more.
-            unsafe { bindings::sg_init_one(response_sg.get(), memory.cast(), capacity as c_uint) };
-        }
-
         // SAFETY: By the type invariant, `vq` is a valid virtqueue and nobody else uses it.
-        // `sgs` has `out` lists of device-readable memory followed by `ins` lists of
-        // device-writable memory. The lists are only used for the duration of the call. The memory
-        // belongs to this slot, to which the caller gives `payload` and `response`. `data` is not
-        // null.
+        // `lists` has `out` lists of device-readable memory followed by `ins` lists of
+        // device-writable memory. They are not written to, and only used for the duration of the
+        // call. The memory is that of the slot, or is given to it below, and lives until the device
+        // cannot access it any more. `data` is not null.
         let ret = unsafe {
             bindings::virtqueue_add_sgs(
                 self.vq.as_ptr(),
-                sgs.as_mut_ptr(),
+                lists.as_mut_ptr(),
                 out as c_uint,
                 ins,
-                ptr::without_provenance_mut(slot + 1),
+                ptr::without_provenance_mut(index + 1),
                 (GFP_ATOMIC | __GFP_NOWARN).as_raw(),
             )
         };
 
-        match to_result(ret) {
-            Ok(()) => {
-                self.free.pop();
-                Ok(slot)
+        to_result(ret).map_err(|e| {
+            if e == ENOSPC {
+                // There was room, but no memory for an indirect table.
+                ENOMEM
+            } else {
+                e
             }
-            // There was room, but no memory for an indirect table.
-            Err(e) if e == ENOSPC => Err(ENOMEM),
-            Err(e) => Err(e),
+        })?;
+
+        self.free.pop();
+        slot.busy = true;
+        slot.capacity = capacity;
+        if let Some(payload) = payload {
+            slot.payload = Some(payload.clone());
         }
+        if matches!(response, Response::Pages(_)) {
+            if let Response::Pages(buf) = mem::replace(response, Response::None) {
+                slot.pages = Some(buf);
+            }
+        }
+        Ok(index)
     }
 
-    /// Takes a buffer that the device has given back.
-    fn get(&mut self) -> Option<Result<Completed<T>>> {
+    /// Takes a buffer that the device has given back, and returns its slot and its payload. What
+    /// the device wrote is in `answer` then.
+    fn get(&mut self, answer: &mut Answer) -> Option<Result<(usize, Option<Arc<Payload>>)>> {
         let mut written: c_uint = 0;
 
         // SAFETY: By the type invariant, `vq` is a valid virtqueue and nobody else uses it.
@@ -348,41 +379,62 @@ impl<T> Ring<T> {
             return None;
         }
 
-        let slot = data.addr() - 1;
-        let Some(in_flight) = self.slots.get_mut(slot).and_then(Option::take) else {
+        let index = data.addr() - 1;
+        let Some(slot) = self.slots.get_mut(index).filter(|slot| slot.busy) else {
             return Some(Err(EPROTO));
         };
 
+        slot.busy = false;
         // `free` has room for all slots.
-        let _ = self.free.push_within_capacity(slot);
+        let _ = self.free.push_within_capacity(index);
 
-        let written = written as usize;
-        let answer = if written > in_flight.response.capacity() {
-            Err(EPROTO)
-        } else {
-            match in_flight.response {
-                Response::Pages(mut buf) => buf.complete(written).map(|()| AnswerBytes::Pages(buf)),
-                Response::Inline(_) | Response::None => {
-                    let mut bytes = [0; RESPONSE_INLINE];
+        let mut len = written as usize;
 
-                    self.responses
-                        .read(slot * RESPONSE_STRIDE, &mut bytes)
-                        .map(|()| AnswerBytes::Inline(bytes, written))
-                }
-            }
-        };
+        if len > slot.capacity {
+            len = 0;
+        }
+        answer.len = 0;
+        answer.pages = slot.pages.take();
+        if let Some(buf) = &mut answer.pages {
+            buf.complete(len);
+        } else if self
+            .responses
+            .read_words(index * RESPONSE_STRIDE, len, &mut answer.inline)
+            .is_ok()
+        {
+            answer.len = len;
+        }
 
-        Some(Ok(Completed {
-            token: in_flight.token,
-            payload: in_flight.payload,
-            answer: answer.map(Answer),
-        }))
+        Some(Ok((index, slot.payload.take())))
+    }
+}
+
+/// A virtqueue that is connected to the device, and the driver's tokens for the buffers in it.
+///
+/// # Invariants
+///
+/// `tokens` has as many elements as the ring has slots.
+struct Connected<T> {
+    ring: Ring,
+    tokens: KVVec<Option<T>>,
+}
+
+impl<T> Connected<T> {
+    fn new(ring: Ring) -> Result<Self> {
+        let mut tokens = KVVec::with_capacity(ring.slots.len(), GFP_KERNEL)?;
+
+        for _ in 0..ring.slots.len() {
+            tokens.push(None, GFP_KERNEL)?;
+        }
+
+        // INVARIANT: As many were pushed.
+        Ok(Self { ring, tokens })
     }
 }
 
 /// What the lock of a queue protects.
 struct Locked<T, S> {
-    ring: Option<Ring<T>>,
+    connected: Option<Connected<T>>,
     state: S,
 }
 
@@ -398,6 +450,17 @@ struct Queue<T, S> {
 pub struct Guard<'a, T, S: Unpin>(SpinLockIrqGuard<'a, Locked<T, S>>);
 
 impl<T, S: Unpin> Guard<'_, T, S> {
+    fn ring(&self) -> Option<&Ring> {
+        self.0.connected.as_ref().map(|connected| &connected.ring)
+    }
+
+    fn ring_mut(&mut self) -> Option<&mut Ring> {
+        self.0
+            .connected
+            .as_mut()
+            .map(|connected| &mut connected.ring)
+    }
+
     /// Returns the driver's state.
     pub fn state(&mut self) -> &mut S {
         let locked: &mut Locked<T, S> = &mut self.0;
@@ -425,13 +488,13 @@ impl<T, S: Unpin> Guard<'_, T, S> {
 
     /// Returns whether there is a device at the other end.
     pub fn connected(&self) -> bool {
-        self.0.ring.is_some()
+        self.0.connected.is_some()
     }
 
     /// Returns whether the device broke the rules of the queue, or has been removed. It gives back
     /// nothing any more, and has to be reset.
     pub fn is_broken(&self) -> bool {
-        self.0.ring.as_ref().is_some_and(|ring| {
+        self.ring().is_some_and(|ring| {
             // SAFETY: By its type invariant, `vq` is a valid virtqueue.
             unsafe { bindings::virtqueue_is_broken(ring.vq.as_ptr()) }
         })
@@ -439,53 +502,42 @@ impl<T, S: Unpin> Guard<'_, T, S> {
 
     /// Returns how many buffers the device has.
     pub fn in_flight(&self) -> usize {
-        self.0
-            .ring
-            .as_ref()
+        self.ring()
             .map_or(0, |ring| ring.slots.len() - ring.free.len())
     }
 
     /// Gives a buffer to the device: `request`, followed by `payload`, which the device may read,
     /// and `response`, which it may write to.
     ///
-    /// `request` is copied. The device learns of the buffer when it is notified, see
+    /// `request` is copied, and a reference to `payload` is taken. [`Response::Pages`] becomes
+    /// [`Response::None`]. The device learns of the buffer when it is notified, see
     /// [`Guard::kick_prepare`]. No memory is allocated, unless the ring uses indirect descriptors.
     ///
-    /// Errors: [`ENOSPC`] if the ring is full for now, see [`AddError::is_full`], [`E2BIG`] if it
-    /// is too small, [`ENODEV`] if the queue is not connected, [`EIO`] if it is broken, [`EINVAL`]
-    /// if `request` is empty or longer than [`REQUEST_MAX`], or an inline response is empty or
-    /// longer than [`RESPONSE_INLINE`], and [`ENOMEM`].
+    /// Errors, upon which everything is as before: [`ENOSPC`] if the ring is full for now, see
+    /// [`AddError::is_full`], [`E2BIG`] if it is too small, [`ENODEV`] if the queue is not
+    /// connected, [`EIO`] if it is broken, [`EINVAL`] if `request` is empty or longer than
+    /// [`REQUEST_MAX`], or an inline response is empty or longer than [`RESPONSE_INLINE`], and
+    /// [`ENOMEM`].
     pub fn add(
         &mut self,
         request: &[u8],
-        payload: Option<Payload>,
-        response: Response,
+        payload: Option<&Arc<Payload>>,
+        response: &mut Response,
         token: T,
     ) -> Result<(), AddError<T>> {
-        let Some(ring) = &mut self.0.ring else {
+        let Some(Connected { ring, tokens }) = &mut self.0.connected else {
             return Err(AddError {
                 error: ENODEV,
                 token,
-                payload,
-                response,
             });
         };
 
-        match ring.add(request, payload.as_ref(), &response) {
+        match ring.add(request, payload, response) {
             Ok(slot) => {
-                ring.slots[slot] = Some(InFlight {
-                    token,
-                    payload,
-                    response,
-                });
+                tokens[slot] = Some(token);
                 Ok(())
             }
-            Err(error) => Err(AddError {
-                error,
-                token,
-                payload,
-                response,
-            }),
+            Err(error) => Err(AddError { error, token }),
         }
     }
 
@@ -493,22 +545,30 @@ impl<T, S: Unpin> Guard<'_, T, S> {
     /// [`Virtqueues::notify`].
     #[must_use]
     pub fn kick_prepare(&mut self) -> bool {
-        self.0.ring.as_mut().is_some_and(|ring| {
+        self.ring_mut().is_some_and(|ring| {
             // SAFETY: By its type invariant, `vq` is a valid virtqueue and nobody else uses it.
             unsafe { bindings::virtqueue_kick_prepare(ring.vq.as_ptr()) }
         })
     }
 
-    /// Takes a buffer that the device has given back, if there is one.
+    /// Takes a buffer that the device has given back, if there is one. What the device wrote
+    /// replaces what is in `answer`, which should not be the answer to a request with
+    /// [`Response::Pages`]: that would be dropped with the lock held.
     ///
     /// An error, [`EPROTO`], means that the device has given back what it did not have.
-    pub fn get(&mut self) -> Option<Result<Completed<T>>> {
-        self.0.ring.as_mut()?.get()
+    pub fn get(&mut self, answer: &mut Answer) -> Option<Result<Completed<T>>> {
+        let Connected { ring, tokens } = self.0.connected.as_mut()?;
+
+        Some(ring.get(answer)?.and_then(|(slot, payload)| {
+            let token = tokens[slot].take().ok_or(EPROTO)?;
+
+            Ok(Completed { token, payload })
+        }))
     }
 
     /// Asks the device not to interrupt for this queue. It may do so anyway.
     pub fn disable_callbacks(&mut self) {
-        if let Some(ring) = &mut self.0.ring {
+        if let Some(ring) = self.ring_mut() {
             // SAFETY: By its type invariant, `vq` is a valid virtqueue and nobody else uses it.
             unsafe { bindings::virtqueue_disable_cb(ring.vq.as_ptr()) }
         }
@@ -519,7 +579,7 @@ impl<T, S: Unpin> Guard<'_, T, S> {
     /// Returns `false` if there are buffers to be taken, for which there may be no interrupt.
     #[must_use]
     pub fn enable_callbacks(&mut self) -> bool {
-        self.0.ring.as_mut().is_none_or(|ring| {
+        self.ring_mut().is_none_or(|ring| {
             // SAFETY: By its type invariant, `vq` is a valid virtqueue and nobody else uses it.
             unsafe { bindings::virtqueue_enable_cb(ring.vq.as_ptr()) }
         })
@@ -555,6 +615,7 @@ impl Link {
 ///     prelude::*,
 ///     sync::ArcBorrow,
 ///     virtio::queue::{
+///         Answer,
 ///         Handler,
 ///         Response,
 ///         Virtqueues, //
@@ -576,13 +637,13 @@ impl Link {
 /// let mut queue = queues.lock(0);
 ///
 /// // `find()` was not called yet: there is nobody to talk to, and nothing is lost.
-/// let refused = queue.add(&[0; 16], None, Response::Inline(8), 42).err();
+/// let refused = queue.add(&[0; 16], None, &mut Response::Inline(8), 42).err();
 ///
 /// assert!(refused.is_some_and(|refused| refused.error == ENODEV && refused.token == 42));
 /// assert!(!queue.connected());
 /// assert!(!queue.kick_prepare());
 /// assert_eq!(queue.in_flight(), 0);
-/// assert!(queue.get().is_none());
+/// assert!(queue.get(&mut Answer::default()).is_none());
 /// drop(queue);
 /// queues.notify(0);
 /// assert!(queues.device().is_none());
@@ -718,13 +779,13 @@ impl<H: Handler<N>, const N: usize> Virtqueues<H, N> {
 
             // SAFETY: The queue was just found, nobody else uses it. It is deleted after the
             // structure was taken out again, and before that is dropped: below or in `stop()`.
-            *ring = Some(unsafe { Ring::new(vq, indirect) }?);
+            *ring = Some(Connected::new(unsafe { Ring::new(vq, indirect) }?)?);
         }
 
         found.dismiss();
         linked.dismiss();
         for ((queue, ring), vq) in self.queues.iter().zip(rings).zip(vqs) {
-            queue.locked.lock().ring = ring;
+            queue.locked.lock().connected = ring;
             queue.notify.store(vq, Release);
         }
         *device = Some(dev.into());
@@ -750,11 +811,11 @@ impl<H: Handler<N>, const N: usize> Virtqueues<H, N> {
             return;
         }
 
-        let mut rings = array::from_fn::<_, N, _>(|index| {
+        let rings = array::from_fn::<_, N, _>(|index| {
             let queue = &self.queues[index];
 
             queue.notify.store(ptr::null_mut(), Release);
-            queue.locked.lock().ring.take()
+            queue.locked.lock().connected.take()
         });
 
         // From now on, nobody notifies a queue.
@@ -764,7 +825,7 @@ impl<H: Handler<N>, const N: usize> Virtqueues<H, N> {
         unsafe { bindings::virtio_reset_device(dev.as_raw()) };
 
         // The device does not access memory any more. What it was given is unmapped here.
-        for ring in rings.iter().flatten() {
+        for Connected { ring, .. } in rings.iter().flatten() {
             // SAFETY: By the type invariant, `vq` is a valid virtqueue. Nobody else uses it, and
             // its device has been reset.
             while !unsafe { bindings::virtqueue_detach_unused_buf(ring.vq.as_ptr()) }.is_null() {}
@@ -777,11 +838,15 @@ impl<H: Handler<N>, const N: usize> Virtqueues<H, N> {
         *device = None;
         drop(device);
 
-        for (index, ring) in rings.iter_mut().enumerate() {
-            let Some(ring) = ring else { continue };
+        for (index, connected) in rings.into_iter().enumerate() {
+            let Some(Connected { ring, mut tokens }) = connected else {
+                continue;
+            };
 
-            for in_flight in ring.slots.iter_mut().filter_map(Option::take) {
-                reclaim(index, in_flight.token);
+            // With what the device could read and write, which may be large.
+            drop(ring);
+            for token in tokens.iter_mut().filter_map(Option::take) {
+                reclaim(index, token);
             }
         }
     }
@@ -884,7 +949,7 @@ impl<T, S> Queue<T, S> {
         try_pin_init!(Self {
             locked <- new_spinlock_irq!(
                 Locked {
-                    ring: None,
+                    connected: None,
                     state: state.ok_or(EINVAL)?,
                 },
                 "virtio::Virtqueues::queues"
