@@ -230,6 +230,23 @@ pub(crate) struct DisplayInfo {
     pub(crate) height: u32,
 }
 
+impl DisplayInfo {
+    /// Puts it into one word, so that it can be replaced and looked at as a whole.
+    pub(crate) fn to_word(self) -> u64 {
+        // No size is larger than `DISPLAY_MAX`, which has 15 bits.
+        u64::from(self.enabled) << 32 | u64::from(self.width << 16 | self.height)
+    }
+
+    /// The opposite of [`DisplayInfo::to_word`].
+    pub(crate) fn from_word(word: u64) -> Self {
+        Self {
+            enabled: word >> 32 != 0,
+            width: word as u32 >> 16,
+            height: word as u32 & 0xffff,
+        }
+    }
+}
+
 /// The answer to [`get_display_info`].
 ///
 /// `clamped` is set where the host named a size that no display has.
@@ -354,6 +371,9 @@ mod tests {
         let displays = Displays::parse(wire.as_bytes()).expect("a full answer is read");
         assert!(displays.clamped);
         assert_eq!(displays.info[3].width, DISPLAY_MAX);
+        for info in displays.info {
+            assert_eq!(DisplayInfo::from_word(info.to_word()), info);
+        }
         assert!(Displays::parse(&wire.as_bytes()[..407]).is_err());
     }
 

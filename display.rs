@@ -32,7 +32,14 @@ use kernel::{
     },
     new_mutex,
     prelude::*,
-    sync::Mutex, //
+    sync::{
+        atomic::{
+            Atomic,
+            Relaxed, //
+        },
+        Mutex, //
+    },
+    virtio::queue::Answer, //
 };
 
 use crate::{
@@ -63,8 +70,8 @@ const MIN_SIZE: u32 = 32;
 const MAX_SIZE: u32 = 8192;
 
 /// The size of a display of which the host says nothing.
-pub(crate) const DEFAULT_WIDTH: u32 = 1024;
-pub(crate) const DEFAULT_HEIGHT: u32 = 768;
+const DEFAULT_WIDTH: u32 = 1024;
+const DEFAULT_HEIGHT: u32 = 768;
 
 /// How far a mode may be below what the host wants, in pixels: a CVT mode cannot have any size.
 const SLACK: u32 = 16;
@@ -85,6 +92,7 @@ pub(crate) fn init(drm: &drm::UnregisteredDevice<DrmDriver>) -> Result {
 
     for scanout in 0..drm.features.num_scanouts {
         let crtcs = 1 << scanout;
+        let info = Atomic::new(Head::initial_info(scanout).to_word());
         let plane = setup.new_plane(
             PlaneType::Primary,
             crtcs,
@@ -98,6 +106,7 @@ pub(crate) fn init(drm: &drm::UnregisteredDevice<DrmDriver>) -> Result {
             drm.features.edid,
             try_pin_init!(Head {
                 scanout,
+                info,
                 edid <- new_mutex!(None),
             }),
         )?;
@@ -123,22 +132,37 @@ pub(crate) fn refresh(drm: &Device, who: Who) -> Result<bool> {
         }
     }
 
-    let mut changed = {
-        let mut displays = drm.displays.lock();
-        let changed = *displays != new.info;
+    let mut changed = false;
 
-        *displays = new.info;
-        changed
-    };
+    drm.for_each_connector(|connector| {
+        if let Some(info) = new.info.get(connector.scanout as usize) {
+            let info = info.to_word();
+
+            changed |= connector.info.xchg(info, Relaxed) != info;
+        }
+    });
 
     if drm.features.edid {
+        // All questions at once: the host is told once, and takes its time once.
+        let mut questions = [const { None }; uapi::MAX_SCANOUTS];
+
+        for (scanout, question) in (0..drm.features.num_scanouts).zip(&mut questions) {
+            *question = Some(queue.ask(&command::get_edid(scanout), EDID_LEN, who));
+        }
+        queue.kick(CTRL);
+
         let mut mute = false;
 
         drm.for_each_connector(|connector| {
-            if mute {
+            let question = questions
+                .get_mut(connector.scanout as usize)
+                .and_then(Option::take)
+                .filter(|_| !mute);
+            let Some(question) = question else {
                 return;
-            }
-            match Head::refresh(connector, who) {
+            };
+
+            match Head::refresh(connector, question.and_then(|it| it.wait(queue, who))) {
                 Ok(new) => changed |= new,
                 // Once is enough to wait in vain.
                 Err(e) if e == ETIMEDOUT => mute = true,
@@ -356,28 +380,37 @@ impl DriverCrtc for Scanout {
 #[pin_data]
 pub(crate) struct Head {
     scanout: u32,
+    /// What the host last said of the display, as [`DisplayInfo::to_word`]. A probe looks at it for
+    /// each of the modes.
+    info: Atomic<u64>,
     /// What the host last sent as EDID, if it was ever asked.
     #[pin]
     edid: Mutex<Option<KVec<u8>>>,
 }
 
 impl Head {
-    fn info(connector: &Connector<Self>) -> DisplayInfo {
-        connector
-            .dev()
-            .displays
-            .lock()
-            .get(connector.scanout as usize)
-            .copied()
-            .unwrap_or_default()
+    /// What a user gets on a host that says nothing.
+    fn initial_info(scanout: u32) -> DisplayInfo {
+        match scanout {
+            0 => DisplayInfo {
+                enabled: true,
+                width: DEFAULT_WIDTH,
+                height: DEFAULT_HEIGHT,
+            },
+            _ => DisplayInfo::default(),
+        }
     }
 
-    /// Asks the host for the EDID. Returns whether it is another one than before.
+    fn info(&self) -> DisplayInfo {
+        DisplayInfo::from_word(self.info.load(Relaxed))
+    }
+
+    /// Takes over the EDID that the host has answered with. Returns whether it is another one than
+    /// before.
     ///
     /// A host that refuses is taken to have none, one that does not answer has said nothing.
-    fn refresh(connector: &Connector<Self>, who: Who) -> Result<bool> {
-        let queue = &connector.dev().queue;
-        let answer = match queue.call(&command::get_edid(connector.scanout), EDID_LEN, who) {
+    fn refresh(connector: &Connector<Self>, answer: Result<Answer>) -> Result<bool> {
+        let answer = match answer {
             Ok(answer) => Some(answer),
             Err(e) if [ETIMEDOUT, ENODEV, ENOMEM].contains(&e) => return Err(e),
             Err(_) => None,
@@ -418,7 +451,7 @@ impl DriverConnector for Head {
             return count;
         }
 
-        let info = Self::info(connector);
+        let info = connector.info();
         let count = probe.add_modes_noedid(MAX_SIZE, MAX_SIZE);
 
         if info.width == 0 || info.height == 0 {
@@ -430,11 +463,13 @@ impl DriverConnector for Head {
     }
 
     fn mode_valid(connector: &Connector<Self>, mode: &DisplayMode) -> ModeStatus {
-        let info = Self::info(connector);
+        if !mode.is_preferred() {
+            return ModeStatus::Ok;
+        }
 
-        if !mode.is_preferred()
-            || is_preferred((mode.width(), mode.height()), (info.width, info.height))
-        {
+        let info = connector.info();
+
+        if is_preferred((mode.width(), mode.height()), (info.width, info.height)) {
             ModeStatus::Ok
         } else {
             ModeStatus::Bad
@@ -442,7 +477,7 @@ impl DriverConnector for Head {
     }
 
     fn detect(connector: &Connector<Self>) -> ConnectorStatus {
-        if Self::info(connector).enabled {
+        if connector.info().enabled {
             ConnectorStatus::Connected
         } else {
             ConnectorStatus::Disconnected

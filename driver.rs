@@ -37,10 +37,7 @@ use kernel::{
 };
 
 use crate::{
-    command::{
-        self,
-        DisplayInfo, //
-    },
+    command,
     debugfs,
     display,
     features::{
@@ -79,9 +76,6 @@ pub(crate) struct Gpu {
     /// The host has proved that it can be told of suspend.
     pub(crate) freezing: Atomic<bool>,
     pub(crate) resources: Arc<Resources>,
-    /// What the host last said of its displays.
-    #[pin]
-    pub(crate) displays: Mutex<[DisplayInfo; uapi::MAX_SCANOUTS]>,
     #[pin]
     pub(crate) pm: Mutex<pm::State>,
     #[pin]
@@ -95,20 +89,12 @@ impl_has_work! {
 impl Gpu {
     fn new(queue: Queue, features: Features) -> Result<impl PinInit<Self, Error>> {
         let resources = Resources::new(queue.clone())?;
-        // What a user gets on a host that says nothing.
-        let mut displays = [DisplayInfo::default(); uapi::MAX_SCANOUTS];
-        displays[0] = DisplayInfo {
-            enabled: true,
-            width: display::DEFAULT_WIDTH,
-            height: display::DEFAULT_HEIGHT,
-        };
 
         Ok(try_pin_init!(Self {
             queue,
             features,
             freezing: Atomic::new(false),
             resources,
-            displays <- new_mutex!(displays),
             pm <- new_mutex!(pm::State::new()),
             config_changed <- new_work!("virtgpu_rs::config_changed"),
         }))
