@@ -15,12 +15,12 @@ use kernel::{
             fourcc,
             Connector,
             ConnectorStatus,
-            Crtc,
             DisplayMode,
             DriverConnector,
             DriverCrtc,
             DriverPlane,
             Framebuffer,
+            FramebufferPlane,
             ModeConfig,
             ModeStatus,
             Plane,
@@ -100,7 +100,7 @@ pub(crate) fn init(drm: &drm::UnregisteredDevice<DrmDriver>) -> Result {
             Ok(Primary { scanout }),
         )?;
 
-        setup.new_crtc(plane, None, Ok(Scanout { scanout }))?;
+        setup.new_crtc(plane, None, Ok(Scanout))?;
         setup.new_connector(
             setup.new_encoder(crtcs)?,
             drm.features.edid,
@@ -228,14 +228,17 @@ struct Picture<'a> {
 impl<'a> Picture<'a> {
     /// The host knows lines of one length only, that of the resource, and no others can be shown.
     fn new(fb: &'a Framebuffer<DrmDriver>) -> Result<Self> {
-        let object = fb.object(0).ok_or(EINVAL)?;
+        let FramebufferPlane {
+            object,
+            pitch,
+            offset,
+        } = fb.plane(0).ok_or(EINVAL)?;
         let resource = object.resource().ok_or(EINVAL)?;
-        let pitch = fb.pitch(0).ok_or(EINVAL)?;
         let first = first_line(
             (resource.width, resource.height),
             (fb.width(), fb.height()),
             pitch,
-            fb.offset(0).ok_or(EINVAL)?,
+            offset,
         )?;
 
         Ok(Self {
@@ -344,36 +347,12 @@ impl Primary {
     }
 }
 
-/// The CRTC of a scanout.
-pub(crate) struct Scanout {
-    scanout: u32,
-}
+/// The CRTC of a scanout. The host knows of no modes, only of what the plane shows: every commit that
+/// sets a mode, or switches the CRTC on or off, carries out the plane's state, too.
+pub(crate) struct Scanout;
 
 impl DriverCrtc for Scanout {
     type Driver = DrmDriver;
-
-    fn mode_set(crtc: &Crtc<Self>, mode: &DisplayMode) {
-        let drm = crtc.dev();
-        let rect = Rect {
-            x: 0,
-            y: 0,
-            width: mode.width(),
-            height: mode.height(),
-        };
-
-        // The plane follows and shows something; until then nothing of the old mode is to be seen.
-        report(drm, "a mode", set_scanout(drm, crtc.scanout, 0, rect));
-    }
-
-    fn atomic_disable(crtc: &Crtc<Self>) {
-        let drm = crtc.dev();
-
-        report(
-            drm,
-            "a scanout",
-            set_scanout(drm, crtc.scanout, 0, Rect::default()),
-        );
-    }
 }
 
 /// The connector of a scanout.

@@ -68,7 +68,10 @@ pub use self::{
         DriverCrtc, //
     },
     encoder::Encoder,
-    framebuffer::Framebuffer,
+    framebuffer::{
+        Framebuffer,
+        FramebufferPlane, //
+    },
     mode::{
         DisplayMode,
         ModeStatus, //

@@ -5,7 +5,6 @@
 //! C header: [`include/drm/drm_crtc.h`](srctree/include/drm/drm_crtc.h)
 
 use super::{
-    DisplayMode,
     Driver,
     Plane, //
 };
@@ -24,21 +23,11 @@ use core::{
 
 /// The driver's part of a CRTC.
 ///
-/// All callbacks are called in process context, as parts of a commit that can't fail anymore.
-///
-/// C counterpart: `struct drm_crtc_helper_funcs`.
+/// It has nothing to do for a commit: this is for devices that are told what to show, but no mode.
+/// Commits that set the mode of a CRTC, or switch it on or off, update its planes as well.
 pub trait DriverCrtc: Send + Sync + Sized + 'static {
     /// The driver that the CRTC belongs to.
     type Driver: Driver<Crtc = Self>;
-
-    /// Sets the mode, after outputs that are to be disabled were, and before planes are updated.
-    fn mode_set(_crtc: &Crtc<Self>, _mode: &DisplayMode) {}
-
-    /// Enables the output, after planes were updated. Vertical blanking begins afterwards.
-    fn atomic_enable(_crtc: &Crtc<Self>) {}
-
-    /// Disables the output. Vertical blanking has ended before.
-    fn atomic_disable(crtc: &Crtc<Self>);
 }
 
 /// A CRTC: the part of a device that shows a picture in a mode.
@@ -82,10 +71,9 @@ impl<C: DriverCrtc> Crtc<C> {
     };
 
     const HELPER_FUNCS: bindings::drm_crtc_helper_funcs = bindings::drm_crtc_helper_funcs {
-        mode_set_nofb: Some(Self::mode_set_callback),
         atomic_flush: Some(bindings::drm_crtc_vblank_atomic_flush),
-        atomic_enable: Some(Self::atomic_enable_callback),
-        atomic_disable: Some(Self::atomic_disable_callback),
+        atomic_enable: Some(bindings::drm_crtc_vblank_atomic_enable),
+        atomic_disable: Some(bindings::drm_crtc_vblank_atomic_disable),
         ..pin_init::zeroed()
     };
 
@@ -190,47 +178,6 @@ impl<C: DriverCrtc> Crtc<C> {
 
         // SAFETY: `raw` is the first field of `Crtc`, which was allocated by `KBox` in `new()`.
         drop(unsafe { KBox::from_raw(crtc.cast::<Self>()) });
-    }
-
-    /// # Safety
-    ///
-    /// `crtc` must be embedded in a `Crtc<C>` whose new state is being carried out.
-    unsafe extern "C" fn mode_set_callback(crtc: *mut bindings::drm_crtc) {
-        // SAFETY: By the safety requirements of this function. The state of a CRTC isn't replaced,
-        // and not written to, before the commit that has brought it is done.
-        let mode = unsafe { DisplayMode::from_raw(&raw const (*(*crtc).state).mode) };
-
-        // SAFETY: By the safety requirements of this function.
-        C::mode_set(unsafe { Self::from_raw(crtc) }, mode);
-    }
-
-    /// # Safety
-    ///
-    /// `crtc` must be embedded in a `Crtc<C>` whose new state is being carried out.
-    unsafe extern "C" fn atomic_enable_callback(
-        crtc: *mut bindings::drm_crtc,
-        _state: *mut bindings::drm_atomic_commit,
-    ) {
-        // SAFETY: By the safety requirements of this function.
-        C::atomic_enable(unsafe { Self::from_raw(crtc) });
-
-        // SAFETY: `crtc` is valid, and vertical blanking was initialized by `Setup::finish()`,
-        // before which there are no commits.
-        unsafe { bindings::drm_crtc_vblank_on(crtc) };
-    }
-
-    /// # Safety
-    ///
-    /// `crtc` must be embedded in a `Crtc<C>` whose new state is being carried out.
-    unsafe extern "C" fn atomic_disable_callback(
-        crtc: *mut bindings::drm_crtc,
-        _state: *mut bindings::drm_atomic_commit,
-    ) {
-        // SAFETY: As in `atomic_enable_callback()`.
-        unsafe { bindings::drm_crtc_vblank_off(crtc) };
-
-        // SAFETY: By the safety requirements of this function.
-        C::atomic_disable(unsafe { Self::from_raw(crtc) });
     }
 }
 

@@ -79,38 +79,47 @@ impl<D: Driver> Framebuffer<D> {
         unsafe { (*(*self.raw()).format).format }
     }
 
-    /// Number of memory planes: one, unless the components of a pixel lie in different places.
-    fn num_planes(&self) -> usize {
+    /// Memory plane `index`. There is one, unless the components of a pixel lie in different places.
+    pub fn plane(&self, index: usize) -> Option<FramebufferPlane<'_, D>> {
         // SAFETY: By the type invariants; a framebuffer always has a format.
-        unsafe { (*(*self.raw()).format).num_planes }.into()
-    }
+        let count = usize::from(unsafe { (*(*self.raw()).format).num_planes });
 
-    /// Bytes from one line to the next in memory plane `plane`.
-    pub fn pitch(&self, plane: usize) -> Option<u32> {
-        // SAFETY: By the type invariants.
-        let pitches = unsafe { (*self.raw()).pitches };
-        pitches[..self.num_planes()].get(plane).copied()
-    }
+        if index >= count {
+            return None;
+        }
 
-    /// Bytes from the beginning of the object to the first pixel of memory plane `plane`.
-    pub fn offset(&self, plane: usize) -> Option<u32> {
-        // SAFETY: By the type invariants.
-        let offsets = unsafe { (*self.raw()).offsets };
-        offsets[..self.num_planes()].get(plane).copied()
-    }
+        // SAFETY: By the type invariants, the framebuffer is initialised, and it doesn't change.
+        let (object, pitch, offset) = unsafe {
+            let raw = &*self.raw();
 
-    /// The object that contains memory plane `plane`.
-    pub fn object(&self, plane: usize) -> Option<&D::Object> {
-        // SAFETY: By the type invariants.
-        let objects = unsafe { (*self.raw()).obj };
-        let object = *objects[..self.num_planes()].get(plane)?;
+            (
+                *raw.obj.get(index)?,
+                *raw.pitches.get(index)?,
+                *raw.offsets.get(index)?,
+            )
+        };
+
         if object.is_null() {
             return None;
         }
 
-        // SAFETY: `drm_gem_fb_create_with_dirty()` looks the objects up among the handles of a
-        // file, and only objects of type `D::Object` can get a handle on a device of driver `D`.
-        // The framebuffer holds a reference to them.
-        Some(unsafe { D::Object::from_raw(object) })
+        Some(FramebufferPlane {
+            // SAFETY: `drm_gem_fb_create_with_dirty()` looks the objects up among the handles of a
+            // file, and only objects of type `D::Object` can get a handle on a device of driver
+            // `D`. The framebuffer holds a reference to them.
+            object: unsafe { D::Object::from_raw(object) },
+            pitch,
+            offset,
+        })
     }
+}
+
+/// Where a memory plane of a [`Framebuffer`] is.
+pub struct FramebufferPlane<'a, D: Driver> {
+    /// The object that contains it.
+    pub object: &'a D::Object,
+    /// Bytes from one line to the next.
+    pub pitch: u32,
+    /// Bytes from the beginning of the object to the first pixel.
+    pub offset: u32,
 }
