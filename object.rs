@@ -6,10 +6,7 @@
 //! [`Resources`] holds all recipes there are, so that a host that has lost everything can be given
 //! everything again, contents included: they are in the guest's memory.
 
-use core::mem::{
-    size_of,
-    MaybeUninit, //
-};
+use core::mem::MaybeUninit;
 use kernel::{
     drm::{
         self,
@@ -154,7 +151,12 @@ impl Resources {
     }
 
     /// Enters a new recipe.
-    fn add(&self, width: u32, height: u32, backing: KVVec<u8>) -> Result<Arc<Resource>> {
+    fn add(
+        &self,
+        width: u32,
+        height: u32,
+        backing: KVVec<uapi::MemEntry>,
+    ) -> Result<Arc<Resource>> {
         // Four billion buffers later, and never the sentinel.
         let id = self.next_id.fetch_add(1, Relaxed);
         if id == 0 || id == pm::SENTINEL {
@@ -162,7 +164,7 @@ impl Resources {
             return Err(ENOSPC);
         }
 
-        let nr_entries = u32::try_from(backing.len() / size_of::<uapi::MemEntry>())?;
+        let nr_entries = u32::try_from(backing.len())?;
         let resource = Arc::new(
             Resource {
                 id,
@@ -308,10 +310,11 @@ impl DriverObject for Object {
         let object = shmem::Object::<Self>::new(dev, size, Default::default(), room)?;
         let dma = dev.features.dma_addresses.then(|| dev.as_ref());
 
-        let mut backing = KVVec::new();
-        for run in object.runs(dma)? {
-            backing
-                .extend_from_slice(command::mem_entry(run.addr, run.len).as_bytes(), GFP_KERNEL)?;
+        let runs = object.runs(dma)?;
+        // It stays as long as the object does: no more than it takes.
+        let mut backing = KVVec::with_capacity(runs.clone().count(), GFP_KERNEL)?;
+        for run in runs {
+            backing.push(command::mem_entry(run.addr, run.len), GFP_KERNEL)?;
         }
 
         let resource = dev.resources.add(args.width, args.height, backing)?;

@@ -389,6 +389,7 @@ impl WorkItem<2> for Engine {
 fn dequeue(queues: &Arc<Virtqueues<Engine, NUM_QUEUES>>, index: usize) {
     let engine = queues.handler();
     let mut answer = Answer::default();
+    let mut payload = None;
     let mut released = false;
     let mut guard = queues.lock(index);
 
@@ -399,13 +400,24 @@ fn dequeue(queues: &Arc<Virtqueues<Engine, NUM_QUEUES>>, index: usize) {
 
         while let Some(returned) = guard.get(&mut answer) {
             any = true;
-            if matches!(&returned, Ok(done) if done.payload.is_none()
-                && done.token.is_routine(&answer))
-            {
-                continue;
-            }
+
+            let returned = match returned {
+                Ok(mut done) if done.token.is_routine(&answer) => {
+                    // One payload can wait until the lock is released.
+                    if payload.is_none() {
+                        payload = done.payload.take();
+                    }
+                    if done.payload.is_none() {
+                        continue;
+                    }
+                    Ok(done)
+                }
+                other => other,
+            };
+
             // Not under the lock: to complete is to wake, and payloads may be large.
             drop(guard);
+            payload = None;
             match returned {
                 Ok(done) => {
                     released |= matches!(done.token.done, Done::Release(_));

@@ -12,10 +12,18 @@ use crate::{
     prelude::*,
     types::Opaque, //
 };
-use core::ptr::{
-    self,
-    NonNull, //
+use core::{
+    mem::{
+        align_of,
+        needs_drop,
+        size_of, //
+    },
+    ptr::{
+        self,
+        NonNull, //
+    }, //
 };
+use zerocopy::Immutable;
 
 /// Pages that are shared with a device, and hold nothing else.
 ///
@@ -217,51 +225,84 @@ const PIECE_MAX: usize = 128 * 1024;
 ///
 /// let mut data = KVVec::new();
 ///
-/// assert!(Payload::new(KVVec::new()).is_err());
-/// data.extend_with(100, 0xaa, GFP_KERNEL)?;
+/// assert!(Payload::new(KVVec::<u8>::new()).is_err());
+/// data.extend_with(100, [0u8; 4], GFP_KERNEL)?;
 /// assert_eq!(Payload::new(data)?.pieces(), 1);
 ///
 /// // What is not contiguous comes in pieces.
-/// let large = Payload::new(KVVec::zeroed(1 << 20, GFP_KERNEL)?)?;
+/// let large = Payload::new(KVVec::<u8>::zeroed(1 << 20, GFP_KERNEL)?)?;
 /// assert!(large.pieces() >= 8);
 /// # Ok::<(), Error>(())
 /// ```
 ///
 /// # Invariants
 ///
-/// `table` was initialised by one of the `sg_alloc_table()` family, and its entries refer to the
-/// elements of `_data`, each byte once and in order.
+/// The entries of `list` refer to the elements of `_data`, each byte once and in order.
 pub struct Payload {
-    table: Opaque<bindings::sg_table>,
+    list: List,
     _data: KVVec<u8>,
 }
 
-// SAFETY: A table and what it refers to can be used and freed from any thread, one at a time.
+/// # Invariants
+///
+/// What is in there is initialised, a table by one of the `sg_alloc_table()` family.
+enum List {
+    One(Opaque<bindings::scatterlist>),
+    Table(Opaque<bindings::sg_table>),
+}
+
+// SAFETY: A list and what it refers to can be used and freed from any thread, one at a time.
 unsafe impl Send for Payload {}
 
-// SAFETY: A shared reference only allows to read the table.
+// SAFETY: A shared reference only allows to read the list.
 unsafe impl Sync for Payload {}
 
 impl Payload {
     /// Prepares `data` for the device. Process context.
     ///
     /// Errors: [`EINVAL`] if there is none, [`ENOMEM`].
-    pub fn new(data: KVVec<u8>) -> Result<Self> {
+    pub fn new<T: IntoBytes + Immutable>(data: KVVec<T>) -> Result<Self> {
+        const { assert!(align_of::<T>() == 1 && !needs_drop::<T>()) };
+
+        let (ptr, len, capacity) = data.into_raw_parts();
+
+        // SAFETY: The parts are those of a vector with the same allocator. What it has allocated
+        // has the size and the alignment of that many bytes, and the first `len` elements consist
+        // of initialised ones. By the check above, it makes no difference that they are not dropped
+        // as elements.
+        Self::from_bytes(unsafe {
+            KVVec::from_raw_parts(ptr.cast(), len * size_of::<T>(), capacity * size_of::<T>())
+        })
+    }
+
+    fn from_bytes(data: KVVec<u8>) -> Result<Self> {
         if data.is_empty() {
             return Err(EINVAL);
         }
 
-        let table = Opaque::zeroed();
-
         // SAFETY: `data` has a valid address.
-        if unsafe { bindings::is_vmalloc_addr(data.as_ptr().cast()) } {
-            Self::scatter(&table, &data)?;
-        } else {
-            Self::split(&table, &data)?;
-        }
+        let list = if unsafe { bindings::is_vmalloc_addr(data.as_ptr().cast()) } {
+            let table = Opaque::zeroed();
 
-        // INVARIANT: The table was just set up. Moving `data` does not move its elements.
-        Ok(Self { table, _data: data })
+            Self::scatter(&table, &data)?;
+            List::Table(table)
+        } else if data.len() <= PIECE_MAX {
+            let list = Opaque::zeroed();
+
+            // SAFETY: `list` is valid for writes. `data` is in the linear map, and its length fits.
+            unsafe {
+                bindings::sg_init_one(list.get(), data.as_ptr().cast(), data.len() as c_uint)
+            };
+            List::One(list)
+        } else {
+            let table = Opaque::zeroed();
+
+            Self::split(&table, &data)?;
+            List::Table(table)
+        };
+
+        // INVARIANT: The list was just set up. Moving `data` does not move its elements.
+        Ok(Self { list, _data: data })
     }
 
     /// Sets up `table` for memory in the linear map.
@@ -314,19 +355,28 @@ impl Payload {
 
     /// Returns how many descriptors it takes.
     pub fn pieces(&self) -> usize {
-        // SAFETY: By the type invariant, the table is initialised.
-        unsafe { (*self.table.get()).orig_nents as usize }
+        match &self.list {
+            List::One(_) => 1,
+            // SAFETY: By the type invariant, the table is initialised.
+            List::Table(table) => unsafe { (*table.get()).orig_nents as usize },
+        }
     }
 
+    /// Returns the list, which must not be written to, and is valid as long as `self` is not moved.
     pub(super) fn sgl(&self) -> *mut bindings::scatterlist {
-        // SAFETY: By the type invariant, the table is initialised.
-        unsafe { (*self.table.get()).sgl }
+        match &self.list {
+            List::One(list) => list.get(),
+            // SAFETY: By the type invariant, the table is initialised.
+            List::Table(table) => unsafe { (*table.get()).sgl },
+        }
     }
 }
 
-impl Drop for Payload {
+impl Drop for List {
     fn drop(&mut self) {
-        // SAFETY: By the type invariant, the table is initialised.
-        unsafe { bindings::sg_free_table(self.table.get()) };
+        if let List::Table(table) = self {
+            // SAFETY: By the type invariant, the table is initialised.
+            unsafe { bindings::sg_free_table(table.get()) };
+        }
     }
 }
