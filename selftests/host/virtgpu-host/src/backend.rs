@@ -15,7 +15,7 @@ use vhost::vhost_user::message::{
     VhostUserVirtioFeatures,
 };
 use vhost::vhost_user::{Backend, VhostUserFrontendReqHandler};
-use vhost_user_backend::{VhostUserBackend, VringT};
+use vhost_user_backend::{VhostUserBackend, VringState, VringT};
 use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 use virtio_gpu_protocol::{Wire, SHM_ID_HOST_VISIBLE};
@@ -296,7 +296,7 @@ impl Gpu {
     fn pop(&self, state: &mut State, mem: &GuestMemoryMmap, queue: usize) -> Option<Popped> {
         let chain = {
             let mut ring = state.rings[queue].get_mut();
-            if !ring.get_queue().ready() || !ring.is_enabled() {
+            if !is_live(&ring) {
                 return None;
             }
             let chain = ring
@@ -438,13 +438,18 @@ impl Gpu {
             if answered {
                 state.signal(mem, queue);
             }
-            match state.rings[queue].enable_notification() {
-                Ok(true) => continue,
-                // Done, or the queue is not set up.
-                _ => break,
+            let more = state.rings[queue].enable_notification();
+            // What is on a queue that the guest has just reset stays there.
+            if !is_live(&state.rings[queue].get_ref()) || !matches!(more, Ok(true)) {
+                break;
             }
         }
     }
+}
+
+/// Whether commands may be taken from a queue.
+fn is_live(ring: &VringState<Memory>) -> bool {
+    ring.get_queue().ready() && ring.is_enabled()
 }
 
 struct Popped {
