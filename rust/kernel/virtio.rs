@@ -21,6 +21,7 @@ use crate::{
     prelude::*,
     sync::{
         atomic::{
+            Acquire,
             Atomic,
             Full,
             Release, //
@@ -90,6 +91,12 @@ unsafe impl<T: Driver> driver::RegistrationOps for Adapter<T> {
             }
             if T::HAS_RESTORE {
                 (*vdrv).restore = Some(Self::restore_callback);
+            }
+            if T::HAS_RESET_PREPARE {
+                (*vdrv).reset_prepare = Some(Self::reset_prepare_callback);
+            }
+            if T::HAS_RESET_DONE {
+                (*vdrv).reset_done = Some(Self::reset_done_callback);
             }
             if T::HAS_SUSPEND || T::HAS_RESUME {
                 let pm: &'static bindings::dev_pm_ops = &Self::PM_OPS;
@@ -233,6 +240,18 @@ impl<T: Driver> Adapter<T> {
     extern "C" fn restore_callback(vdev: *mut bindings::virtio_device) -> c_int {
         // SAFETY: As for `freeze_callback()`.
         unsafe { Self::with_data(vdev, |dev, data| T::restore(dev, data)) }
+    }
+
+    extern "C" fn reset_prepare_callback(vdev: *mut bindings::virtio_device) -> c_int {
+        // SAFETY: The virtio core calls this with the device lock held, and only for a device that
+        // has a driver. Probe and remove hold that lock too, and a device whose probe failed has
+        // no driver.
+        unsafe { Self::with_data(vdev, |dev, data| T::reset_prepare(dev, data)) }
+    }
+
+    extern "C" fn reset_done_callback(vdev: *mut bindings::virtio_device) -> c_int {
+        // SAFETY: As for `reset_prepare_callback()`.
+        unsafe { Self::with_data(vdev, |dev, data| T::reset_done(dev, data)) }
     }
 
     extern "C" fn suspend_callback<const PHASE: u8>(dev: *mut bindings::device) -> c_int {
@@ -432,6 +451,29 @@ pub trait Driver {
     /// The transport has brought back the device: it has been reset and has the features that
     /// were negotiated once, but no queues.
     fn restore<'bound>(
+        dev: &'bound Device<device::Core<'_>>,
+        this: Pin<&Self::Data<'bound>>,
+    ) -> Result {
+        let _ = (dev, this);
+        build_error!(crate::error::VTABLE_DEFAULT_ERROR)
+    }
+
+    /// The transport is about to reset the device, on behalf of an administrator for instance.
+    ///
+    /// When this returns successfully, the queues must have been stopped. On error the device is
+    /// not touched by the virtio core, but may be reset all the same.
+    fn reset_prepare<'bound>(
+        dev: &'bound Device<device::Core<'_>>,
+        this: Pin<&Self::Data<'bound>>,
+    ) -> Result {
+        let _ = (dev, this);
+        build_error!(crate::error::VTABLE_DEFAULT_ERROR)
+    }
+
+    /// The device has been reset and has the features that were negotiated once, but no queues.
+    ///
+    /// Not called if the device does not get that far.
+    fn reset_done<'bound>(
         dev: &'bound Device<device::Core<'_>>,
         this: Pin<&Self::Data<'bound>>,
     ) -> Result {
@@ -714,7 +756,46 @@ impl Device<device::Bound> {
     ///
     /// Process context.
     pub fn needs_reset(&self) -> bool {
-        self.status() & bindings::VIRTIO_CONFIG_S_NEEDS_RESET != 0
+        let status = self.status();
+
+        // All bits are set where there is no device any more.
+        status != u8::MAX.into() && status & bindings::VIRTIO_CONFIG_S_NEEDS_RESET != 0
+    }
+
+    /// Resets the device and agrees with it on the features that were negotiated once.
+    ///
+    /// For a driver that has no queues, and wants to start over in the way of [`Driver::restore`].
+    /// One that has some calls [`queue::Virtqueues::restart`]. Process context.
+    ///
+    /// Errors: [`EBUSY`] if queues are connected, [`ENODEV`] if the device does not agree.
+    ///
+    /// C counterpart: `virtio_device_reinit()`.
+    pub fn reset(&self) -> Result {
+        if !self.link().load(Acquire).is_null() {
+            return Err(EBUSY);
+        }
+        self.reinit()
+    }
+
+    fn reinit(&self) -> Result {
+        might_sleep();
+
+        // SAFETY: By the type invariant `self.as_raw()` is a valid pointer to a
+        // `struct virtio_device`, and it is bound. Who uses the queues of a device that has been
+        // reset waits in vain, no more.
+        to_result(unsafe { bindings::virtio_device_reinit(self.as_raw()) })
+    }
+
+    /// Has [`Driver::config_changed`] called, as the device does when it needs to be reset.
+    ///
+    /// For a part of a driver that has found out by itself. The call comes later where the virtio
+    /// core has disabled it. Any context.
+    ///
+    /// C counterpart: `virtio_config_changed()`.
+    pub fn notify_config_changed(&self) {
+        // SAFETY: By the type invariant `self.as_raw()` is a valid pointer to a
+        // `struct virtio_device`.
+        unsafe { bindings::virtio_config_changed(self.as_raw()) };
     }
 
     /// Stops the device in the way that the virtio core does it for a driver without

@@ -743,6 +743,19 @@ impl<H: Handler<N>, const N: usize> Virtqueues<H, N> {
         // SAFETY: The link was just set, and `device` is locked.
         let linked = ScopeGuard::new(|| unsafe { self.unlink(dev) });
 
+        // SAFETY: The device is linked, `device` is locked, and there are no virtqueues yet.
+        unsafe { self.set_up(dev) }?;
+        linked.dismiss();
+        *device = Some(dev.into());
+        Ok(())
+    }
+
+    /// Finds the virtqueues of `dev`.
+    ///
+    /// # Safety
+    ///
+    /// `dev` must be linked to this object, and have no virtqueues. `self.device` must be locked.
+    unsafe fn set_up(&self, dev: &Device<Bound>) -> Result {
         let find_vqs = dev.config().find_vqs.ok_or(ENODEV)?;
         let mut vqs = [ptr::null_mut(); N];
         let mut infos = self.names.map(|name| bindings::virtqueue_info {
@@ -751,10 +764,9 @@ impl<H: Handler<N>, const N: usize> Virtqueues<H, N> {
             ctx: false,
         });
 
-        // SAFETY: `dev` is a valid device whose driver has no other queues: it had no link, and a
-        // link is set before queues are found and removed after they were deleted. `vqs` and
-        // `infos` have `N` elements. The names are `'static`, and so is the callback, which finds
-        // the link.
+        // SAFETY: `dev` is a valid device whose driver has no other queues: they would need another
+        // link. `vqs` and `infos` have `N` elements. The names are `'static`, and so is the
+        // callback, which finds the link.
         to_result(unsafe {
             find_vqs(
                 dev.as_raw(),
@@ -783,34 +795,109 @@ impl<H: Handler<N>, const N: usize> Virtqueues<H, N> {
         }
 
         found.dismiss();
-        linked.dismiss();
         for ((queue, ring), vq) in self.queues.iter().zip(rings).zip(vqs) {
             queue.locked.lock().connected = ring;
             queue.notify.store(vq, Release);
         }
-        *device = Some(dev.into());
         Ok(())
     }
 
-    /// Disconnects the queues from `dev`.
+    /// Disconnects the queues from their device.
     ///
     /// In this order, nobody can add or get any more, no notification is under way, the device is
     /// reset, the queues are deleted, no interrupt handler is running, and every token that the
     /// device has not given back is passed to `reclaim`, along with the index of its queue. No lock
     /// is held then.
     ///
-    /// Does nothing if they are not connected to `dev`. If somebody else is in the middle of it,
-    /// waits until the queues are deleted, but not for the other's `reclaim`. Process context.
-    pub fn stop(&self, dev: &Device<Bound>, mut reclaim: impl FnMut(usize, H::Token)) {
+    /// Does nothing if they are not connected. If somebody else is in the middle of it, waits until
+    /// the queues are deleted, but not for the other's `reclaim`. Process context.
+    pub fn stop(&self, reclaim: impl FnMut(usize, H::Token)) {
+        self.disconnect(self.device.lock(), reclaim);
+    }
+
+    /// Resets the device that the queues are connected to, agrees with it on the same features
+    /// again, and connects the queues to it anew.
+    ///
+    /// For a device that needs a reset, see [`Device::needs_reset`] and [`Guard::is_broken`], or
+    /// has to be brought into a known state. Every token that the device has not given back is
+    /// passed to `reclaim`, as in [`Virtqueues::stop`]; the queues may be in use again by then. The
+    /// device has to be told that its driver is [ready](Device::ready) afterwards. Process context.
+    ///
+    /// Errors: [`ENODEV`] if the queues are not connected, and those of [`Device::reset`] and
+    /// [`Virtqueues::find`], after which they are not connected any more.
+    pub fn restart(&self, reclaim: impl FnMut(usize, H::Token)) -> Result {
         let mut device = self.device.lock();
+        let linked = device.as_ref().ok_or(ENODEV)?.clone();
 
-        if device
-            .as_ref()
-            .is_none_or(|device| device.as_raw() != dev.as_raw())
-        {
-            return;
+        // SAFETY: The queues are connected to `linked`, and `device` is locked.
+        let dev = unsafe { Self::connected(&linked) };
+
+        // SAFETY: As above. The device stays linked, and hence bound, until this is over.
+        let rings = unsafe { self.tear_down(dev) };
+
+        // SAFETY: The device is linked, `device` is locked, and the queues were deleted.
+        let result = dev.reinit().and_then(|()| unsafe { self.set_up(dev) });
+
+        if result.is_err() {
+            // Whatever it has agreed on, nobody talks to it.
+
+            // SAFETY: `dev` is a valid device, and it has no queues.
+            unsafe { bindings::virtio_reset_device(dev.as_raw()) };
+            // SAFETY: As above.
+            unsafe { self.unlink(dev) };
+            *device = None;
         }
+        drop(device);
+        Self::reclaim(rings, reclaim);
+        result
+    }
 
+    /// Returns a device as the bound one that it is.
+    ///
+    /// # Safety
+    ///
+    /// Queues of this type must be connected to `dev`, and stay so, with their `device` locked, for
+    /// as long as the result is used: [`Device::quiesce`] waits for that before it is unbound.
+    unsafe fn connected(dev: &Device) -> &Device<Bound> {
+        // CAST: `Device` is a transparent wrapper of a type that doesn't depend on its generic
+        // argument.
+        let dev = (&raw const *dev).cast();
+
+        // SAFETY: The pointer is from a reference, and by the safety requirements the device is
+        // bound.
+        unsafe { &*dev }
+    }
+
+    /// Implementation of [`Virtqueues::stop`].
+    fn disconnect(
+        &self,
+        mut device: MutexGuard<'_, Option<ARef<Device>>>,
+        reclaim: impl FnMut(usize, H::Token),
+    ) {
+        let Some(linked) = device.take() else {
+            return;
+        };
+
+        // SAFETY: The queues are connected to `linked`, as far as its link goes, which is removed
+        // last, and `device` is locked.
+        let dev = unsafe { Self::connected(&linked) };
+
+        // SAFETY: As above.
+        let rings = unsafe { self.tear_down(dev) };
+
+        // SAFETY: The device is linked, `device` is locked, and the queues were deleted.
+        unsafe { self.unlink(dev) };
+        drop(device);
+        Self::reclaim(rings, reclaim);
+    }
+
+    /// Takes the queues away, in the order that [`Virtqueues::stop`] describes.
+    ///
+    /// # Safety
+    ///
+    /// `dev` must be linked to this object, its virtqueues must be those in `self.queues`, and
+    /// `self.device` must be locked.
+    unsafe fn tear_down(&self, dev: &Device<Bound>) -> [Option<Connected<H::Token>>; N] {
         let rings = array::from_fn::<_, N, _>(|index| {
             let queue = &self.queues[index];
 
@@ -833,11 +920,11 @@ impl<H: Handler<N>, const N: usize> Virtqueues<H, N> {
 
         // SAFETY: The queues were found, are not used any more, and there are no buffers in them.
         unsafe { Self::delete(dev) };
-        // SAFETY: The device was linked, `device` is locked, and the queues were deleted.
-        unsafe { self.unlink(dev) };
-        *device = None;
-        drop(device);
+        rings
+    }
 
+    /// Gives up the tokens in queues that were deleted.
+    fn reclaim(rings: [Option<Connected<H::Token>>; N], mut reclaim: impl FnMut(usize, H::Token)) {
         for (index, connected) in rings.into_iter().enumerate() {
             let Some(Connected { ring, mut tokens }) = connected else {
                 continue;
@@ -920,7 +1007,16 @@ impl<H: Handler<N>, const N: usize> Virtqueues<H, N> {
         let this: Arc<Self> = unsafe { ArcBorrow::from_raw(this) }.into();
 
         drop(guard);
-        this.stop(dev, |_, token| drop(token));
+
+        let device = this.device.lock();
+
+        // They may have found another one in the meantime.
+        if device
+            .as_ref()
+            .is_some_and(|device| device.as_raw() == dev.as_raw())
+        {
+            this.disconnect(device, |_, token| drop(token));
+        }
     }
 
     /// The callback of every virtqueue.
