@@ -56,6 +56,7 @@ use crate::{
     object::{
         Object,
         Resource,
+        Shown,
         CPP, //
     },
     queue::{
@@ -184,6 +185,10 @@ pub(crate) fn refresh(drm: &Device, who: Who) -> Result<bool> {
 ///
 /// A commit cannot fail any more when this is called; what does not reach the host is in the log.
 fn set_scanout(drm: &Device, scanout: u32, resource: u32, rect: Rect) -> Result {
+    // First: what the host does not hear of because it is reset, recovery tells it.
+    if let Some(shown) = drm.screens.lock().get_mut(scanout as usize) {
+        *shown = Shown { resource, rect };
+    }
     drm.queue
         .submit(
             &command::set_scanout(scanout, resource, rect),
@@ -314,7 +319,7 @@ impl DriverPlane for Primary {
         let offset = damage.offset(picture.pitch, CPP);
         let sent = picture
             .sync(drm)
-            .and_then(|()| resource.transfer(&drm.queue, damage, offset, Who::Kernel, None));
+            .and_then(|()| resource.transfer(&drm.queue, damage, offset));
 
         report(drm, "a picture", sent);
         // The mode was set with nothing to be seen, whether the framebuffer is a new one or not.

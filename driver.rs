@@ -14,6 +14,7 @@ use kernel::{
     drm,
     impl_has_work,
     new_mutex,
+    new_spinlock,
     new_work,
     prelude::*,
     sync::{
@@ -23,7 +24,8 @@ use kernel::{
             Relaxed, //
         },
         Arc,
-        Mutex, //
+        Mutex,
+        SpinLock, //
     },
     virtio::{
         self,
@@ -48,7 +50,8 @@ use crate::{
     module_parameters,
     object::{
         Object,
-        Resources, //
+        Resources,
+        Screens, //
     },
     pm,
     queue::{
@@ -76,6 +79,9 @@ pub(crate) struct Gpu {
     /// The host has proved that it can be told of suspend.
     pub(crate) freezing: Atomic<bool>,
     pub(crate) resources: Arc<Resources>,
+    /// What the scanouts were last told to show.
+    #[pin]
+    pub(crate) screens: SpinLock<Screens>,
     #[pin]
     pub(crate) pm: Mutex<pm::State>,
     #[pin]
@@ -95,6 +101,7 @@ impl Gpu {
             features,
             freezing: Atomic::new(false),
             resources,
+            screens <- new_spinlock!(Screens::default()),
             pm <- new_mutex!(pm::State::new()),
             config_changed <- new_work!("virtgpu_rs::config_changed"),
         }))
@@ -110,6 +117,8 @@ impl WorkItem<0> for Gpu {
     type Pointer = ARef<Device>;
 
     fn run(drm: Self::Pointer) {
+        pm::mend(&drm);
+
         let Some(dev) = drm.queue.device() else {
             return;
         };
@@ -247,7 +256,7 @@ impl virtio::Driver for VirtioDriver {
                 .and_then(|()| {
                     drm::Registration::new_static(dev.as_ref(), parent, drm, Ok::<_, Error>(()))
                 })
-                .inspect_err(|_| queue.stop(dev, false, Gate::Gone))
+                .inspect_err(|_| queue.stop(false, Gate::Gone))
                 .map(|registration| {
                     drm::client::setup(&registration);
                     try_pin_init!(DriverData {
@@ -258,7 +267,7 @@ impl virtio::Driver for VirtioDriver {
         })
     }
 
-    fn unbind<'bound>(dev: &'bound virtio::Device<Core<'_>>, this: Pin<&Self::Data<'bound>>) {
+    fn unbind<'bound>(_dev: &'bound virtio::Device<Core<'_>>, this: Pin<&Self::Data<'bound>>) {
         let drm = &this.drm;
 
         // Whoever is in a system call must find out: unplugging waits for them.
@@ -266,12 +275,12 @@ impl virtio::Driver for VirtioDriver {
         let registration = this.registration.lock().take();
         drop(registration);
 
-        drm.queue.stop(dev, false, Gate::Gone);
+        drm.queue.stop(false, Gate::Gone);
         drm.config_changed.flush();
     }
 
     fn shutdown<'bound>(dev: &'bound virtio::Device<Core<'_>>, this: Pin<&Self::Data<'bound>>) {
-        this.drm.queue.stop(dev, true, Gate::Gone);
+        this.drm.queue.stop(true, Gate::Gone);
         // The rings are gone, and so is the device's access to memory: a kernel that is started
         // from this one finds it quiet.
         dev.shutdown();
@@ -279,17 +288,32 @@ impl virtio::Driver for VirtioDriver {
 
     fn config_changed(_dev: &virtio::Device<Bound>, this: Pin<&Self::Data<'_>>) {
         // Already queued is as good.
-        let _ = workqueue::system_percpu().enqueue::<ARef<Device>, 0>(this.drm.clone());
+        let _ = workqueue::system_freezable().enqueue::<ARef<Device>, 0>(this.drm.clone());
     }
 
     fn freeze<'bound>(
-        dev: &'bound virtio::Device<Core<'_>>,
+        _dev: &'bound virtio::Device<Core<'_>>,
         this: Pin<&Self::Data<'bound>>,
     ) -> Result {
-        pm::freeze(&this.drm, dev)
+        pm::freeze(&this.drm)
     }
 
     fn restore<'bound>(
+        dev: &'bound virtio::Device<Core<'_>>,
+        this: Pin<&Self::Data<'bound>>,
+    ) -> Result {
+        pm::restore(&this.drm, dev)
+    }
+
+    fn reset_prepare<'bound>(
+        _dev: &'bound virtio::Device<Core<'_>>,
+        this: Pin<&Self::Data<'bound>>,
+    ) -> Result {
+        pm::reset_prepare(&this.drm);
+        Ok(())
+    }
+
+    fn reset_done<'bound>(
         dev: &'bound virtio::Device<Core<'_>>,
         this: Pin<&Self::Data<'bound>>,
     ) -> Result {
@@ -305,10 +329,10 @@ impl virtio::Driver for VirtioDriver {
     }
 
     fn resume<'bound>(
-        _dev: &'bound virtio::Device<Core<'_>>,
+        dev: &'bound virtio::Device<Core<'_>>,
         this: Pin<&Self::Data<'bound>>,
         _phase: PmPhase,
     ) -> Result {
-        pm::resume(&this.drm)
+        pm::resume(&this.drm, dev)
     }
 }

@@ -65,52 +65,75 @@ pub(crate) struct Resource {
     /// are.
     backing: Arc<Payload>,
     nr_entries: u32,
-    /// The host has been told to create it.
-    created: Atomic<bool>,
+    /// What the host has been told since it last forgot everything. Protected by
+    /// [`Resources::live`].
+    told: Atomic<u32>,
 }
 
+/// Nothing.
+const UNKNOWN: u32 = 0;
+/// To create the resource.
+const CREATED: u32 = 1;
+/// To use its backing.
+const BACKED: u32 = 2;
+/// To fetch its contents.
+const FILLED: u32 = 3;
+
 impl Resource {
-    /// Creates the resource on the host and attaches its backing.
-    fn create(&self, queue: &Queue, who: Who, tally: Option<&Arc<Tally>>) -> Result {
-        queue
-            .submit(
-                &command::resource_create_2d(
-                    self.id,
-                    uapi::FORMAT_B8G8R8X8_UNORM,
-                    self.width,
-                    self.height,
+    fn all(&self) -> Rect {
+        Rect {
+            x: 0,
+            y: 0,
+            width: self.width,
+            height: self.height,
+        }
+    }
+
+    /// Tells the host what is still missing to `goal`, as far as there is room: [`EAGAIN`] if there
+    /// was none. The caller holds [`Resources::live`].
+    fn tell(&self, queue: &Queue, goal: u32, who: Who, tally: Option<&Arc<Tally>>) -> Result {
+        while self.told.load(Relaxed) < goal {
+            let told = self.told.load(Relaxed);
+            let sent = match told {
+                UNKNOWN => queue.try_submit(
+                    &command::resource_create_2d(
+                        self.id,
+                        uapi::FORMAT_B8G8R8X8_UNORM,
+                        self.width,
+                        self.height,
+                    ),
+                    None,
+                    Token::unattended::<uapi::ResourceCreate2d>(tally),
+                    who,
                 ),
-                None,
-                Token::unattended::<uapi::ResourceCreate2d>(tally),
-                who,
-            )
-            .map_err(|rejected| rejected.error)?;
-        self.created.store(true, Relaxed);
-        queue
-            .submit(
-                &command::resource_attach_backing(self.id, self.nr_entries),
-                Some(&self.backing),
-                Token::unattended::<uapi::ResourceAttachBacking>(tally),
-                who,
-            )
-            .map_err(|rejected| rejected.error)
+                CREATED => queue.try_submit(
+                    &command::resource_attach_backing(self.id, self.nr_entries),
+                    Some(&self.backing),
+                    Token::unattended::<uapi::ResourceAttachBacking>(tally),
+                    who,
+                ),
+                _ => queue.try_submit(
+                    &command::transfer_to_host_2d(self.id, 0, self.all()),
+                    None,
+                    Token::unattended::<uapi::TransferToHost2d>(tally),
+                    who,
+                ),
+            };
+
+            sent.map_err(|rejected| rejected.error)?;
+            self.told.store(told + 1, Relaxed);
+        }
+        Ok(())
     }
 
     /// Sends the contents to the host: a rectangle of it. Lines are `pitch` bytes apart.
-    pub(crate) fn transfer(
-        &self,
-        queue: &Queue,
-        rect: Rect,
-        offset: u64,
-        who: Who,
-        tally: Option<&Arc<Tally>>,
-    ) -> Result {
+    pub(crate) fn transfer(&self, queue: &Queue, rect: Rect, offset: u64) -> Result {
         queue
             .submit(
                 &command::transfer_to_host_2d(self.id, offset, rect),
                 None,
-                Token::unattended::<uapi::TransferToHost2d>(tally),
-                who,
+                Token::unattended::<uapi::TransferToHost2d>(None),
+                Who::Kernel,
             )
             .map_err(|rejected| rejected.error)
     }
@@ -127,6 +150,16 @@ impl Resource {
             .map_err(|rejected| rejected.error)
     }
 }
+
+/// What a scanout shows: part of a resource, or nothing (resource 0).
+#[derive(Clone, Copy, Default)]
+pub(crate) struct Shown {
+    pub(crate) resource: u32,
+    pub(crate) rect: Rect,
+}
+
+/// What all scanouts show.
+pub(crate) type Screens = [Shown; uapi::MAX_SCANOUTS];
 
 /// All resources that the host has, or ought to have.
 #[pin_data]
@@ -172,7 +205,7 @@ impl Resources {
                 height,
                 backing: Arc::new(Payload::new(backing)?, GFP_KERNEL)?,
                 nr_entries,
-                created: Atomic::new(false),
+                told: Atomic::new(UNKNOWN),
             },
             GFP_KERNEL,
         )?;
@@ -183,80 +216,113 @@ impl Resources {
         Ok(resource)
     }
 
-    /// Strikes a recipe out and tells the host, which lets go of `held`, what the resource was made
-    /// of.
+    /// Has the host make a resource as far as `goal`. It learns of it with the next
+    /// [`Queue::kick`].
     ///
-    /// Both happen under the lock: a host that comes back in between must not be given a resource
-    /// that nobody will ever destroy.
-    fn remove(&self, resource: &Resource, held: KBox<Held>) {
-        let queue = &self.queue;
-        let command = command::resource_unref(resource.id);
-        let mut token = Token::release(held);
-
+    /// Returns whether there is such a resource. The lock is not held while this waits: recovery
+    /// may get in between, and do part of it.
+    fn make(&self, id: u32, goal: u32, who: Who, tally: Option<&Arc<Tally>>) -> Result<bool> {
         loop {
-            let mut live = self.live.lock();
-            let mut rejected = match queue.submit(&command, None, token, Who::NoWait) {
-                Ok(()) => {
-                    live.remove(&resource.id);
-                    drop(live);
-                    queue.kick(CTRL);
-                    return;
-                }
-                Err(rejected) => rejected,
+            let live = self.live.lock();
+            let Some(resource) = live.get(&id) else {
+                return Ok(false);
             };
 
-            if rejected.error == EAGAIN {
-                drop(live);
-                match queue.wait_turn() {
-                    Ok(()) => {
-                        token = rejected.token;
-                        continue;
-                    }
-                    Err(error) => rejected.error = error,
-                }
-                live = self.live.lock();
+            match resource.tell(&self.queue, goal, who, tally) {
+                Err(e) if e == EAGAIN => {}
+                result => return result.map(|()| true),
             }
-            live.remove(&resource.id);
             drop(live);
-            queue.retire(rejected);
-            return;
+            self.queue.wait_turn(who)?;
         }
     }
 
-    /// Creates every resource again on a host that has none, and sends its contents. The commands
-    /// are in the queue when this returns, and the host has been told; what becomes of them is in
-    /// `tally` when the queue is idle.
+    /// Strikes a recipe out and tells the host, which lets go of `held`, what the resource was made
+    /// of. Does not wait for anything: who frees memory may hold any lock.
+    fn remove(&self, resource: &Resource, held: KBox<Held>) {
+        let mut live = self.live.lock();
+
+        live.remove(&resource.id);
+
+        // Under the lock: a host that comes back in between must not be given a resource that
+        // nobody will ever destroy, nor be told to destroy what it does not have.
+        let unused = if resource.told.load(Relaxed) == UNKNOWN {
+            Some(held)
+        } else {
+            self.queue.unref(held)
+        };
+
+        drop(live);
+        drop(unused);
+    }
+
+    /// Creates every resource again on a host that has none, sends its contents, and shows what is
+    /// in `screens`, which comes first. The commands are in the queue when this returns, and the
+    /// host has been told; what becomes of them is in `tally` when the queue is idle.
     ///
-    /// Returns how many there are.
-    pub(crate) fn recover(&self, tally: &Arc<Tally>) -> Result<usize> {
+    /// Returns how many resources there are.
+    pub(crate) fn recover(&self, screens: &Screens, tally: &Arc<Tally>) -> Result<usize> {
         let queue = &self.queue;
-        // Nobody who holds this lock waits for anything but the ring.
-        let live = self.live.lock();
-        let mut count = 0;
 
-        for resource in live.values() {
-            let all = Rect {
-                x: 0,
-                y: 0,
-                width: resource.width,
-                height: resource.height,
-            };
+        {
+            let live = self.live.lock();
 
-            let issued = resource
-                .create(queue, Who::Pm, Some(tally))
-                .and_then(|()| resource.transfer(queue, all, 0, Who::Pm, Some(tally)));
-
-            count += 1;
-            match issued {
-                Ok(()) => {}
-                // One that there is no memory for is no reason to give up the others.
-                Err(e) if e == ENOMEM || e == E2BIG => tally.fail(),
-                Err(e) => return Err(e),
+            queue.forget();
+            for resource in live.values() {
+                resource.told.store(UNKNOWN, Relaxed);
             }
         }
-        drop(live);
+
+        for (scanout, shown) in (0..).zip(screens) {
+            if shown.resource == 0 || !self.make_again(shown.resource, tally)? {
+                continue;
+            }
+            queue
+                .submit(
+                    &command::set_scanout(scanout, shown.resource, shown.rect),
+                    None,
+                    Token::unattended::<uapi::SetScanout>(Some(tally)),
+                    Who::Pm,
+                )
+                .and_then(|()| {
+                    queue.submit(
+                        &command::resource_flush(shown.resource, shown.rect),
+                        None,
+                        Token::unattended::<uapi::ResourceFlush>(Some(tally)),
+                        Who::Pm,
+                    )
+                })
+                .map_err(|rejected| rejected.error)?;
+        }
+        queue.kick(CTRL);
+
+        let mut count = 0;
+        let mut next = 0;
+
+        loop {
+            let live = self.live.lock();
+            let Some(id) = live.cursor_lower_bound(&next).map(|at| *at.current().0) else {
+                break;
+            };
+
+            drop(live);
+            count += usize::from(self.make_again(id, tally)?);
+            next = id + 1;
+        }
         queue.kick(CTRL);
         Ok(count)
+    }
+
+    /// Has the host make a resource that it has forgotten. Returns whether there is such a resource.
+    fn make_again(&self, id: u32, tally: &Arc<Tally>) -> Result<bool> {
+        match self.make(id, FILLED, Who::Pm, Some(tally)) {
+            // One that there is no memory for is no reason to give up the others.
+            Err(e) if e == ENOMEM || e == E2BIG => {
+                tally.fail();
+                Ok(true)
+            }
+            result => result,
+        }
     }
 }
 
@@ -320,7 +386,7 @@ impl DriverObject for Object {
         let resource = dev.resources.add(args.width, args.height, backing)?;
         // From here on the object's end is the resource's, too.
         object.resource.populate(resource.clone());
-        resource.create(&dev.queue, Who::Ioctl, None)?;
+        dev.resources.make(resource.id, BACKED, Who::Ioctl, None)?;
         dev.queue.kick(CTRL);
 
         args.pitch = pitch;
@@ -335,10 +401,6 @@ impl DriverObject for Object {
             return;
         };
 
-        if resource.created.load(Relaxed) {
-            resources.remove(&resource, Held::new(room, obj));
-        } else {
-            resources.live.lock().remove(&resource.id);
-        }
+        resources.remove(&resource, Held::new(room, resource.id, obj));
     }
 }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Suspend and resume.
+//! Suspend, reset, and the way back.
 //!
 //! A reset device has forgotten everything: that is what a host is allowed to do, and what QEMU
 //! does. Whatever reset it, the way back is the same, and it is in this file: [`quiesce`] brings
@@ -8,22 +8,33 @@
 //! [`freeze`] lets go of the device; [`restore`] takes it up again; [`revive`] finds out what
 //! the host still has, brings back what it has not, and turns the display on.
 //!
-//! Two roads lead here. The transport calls [`freeze`] and [`restore`] when it resets the device;
-//! it does not say what for, and where the PCI function keeps its state over D3 it does not call at
-//! all. The PM core calls [`suspend`] before and [`resume`] after that, and says what for. Each of
-//! them does what is left to do.
+//! Three roads lead here. The transport calls [`freeze`] and [`restore`] when it resets the device
+//! for system sleep; it does not say what for, and where the PCI function keeps its state over D3
+//! it does not call at all. The PM core calls [`suspend`] before and [`resume`] after that, and
+//! says what for. Each of them does what is left to do.
+//!
+//! The transport calls [`reset_prepare`] and [`restore`] when somebody wants the device reset, and
+//! [`mend`] does it by itself for a device that asks for it, or breaks its queue. The display stays
+//! on then, and user space is awake: whoever wants something of the device waits at the gate.
 //!
 //! | what happened | what the host is asked to keep | what is done |
 //! |---|---|---|
-//! | suspend to RAM or idle, with FREEZING | everything | verify; if it has not, recover |
+//! | suspend to RAM or idle, with FREEZING | everything | verify; if it has not, reset and recover |
 //! | suspend to RAM or idle | nothing | recover |
-//! | the same, and the device was not reset | as above | verify; if it has not, recover |
+//! | the same, and the device was not reset | as above | verify; if it has not, reset and recover |
 //! | hibernation, in all of its phases | nothing | recover |
+//! | a reset of the PCI function | nothing | recover |
+//! | a device that needs a reset | nothing | reset and recover |
 
 use kernel::{
     device,
+    drm::wedge,
     prelude::*,
     sync::atomic::Relaxed,
+    time::{
+        Instant,
+        Monotonic, //
+    },
     virtio::{
         self,
         PmPhase, //
@@ -34,6 +45,7 @@ use crate::{
     command,
     display,
     driver::Device,
+    object::Screens,
     queue::{
         Gate,
         Tally,
@@ -53,7 +65,7 @@ enum Stage {
     Quiet,
     /// The device has been reset and the queues are gone.
     Down,
-    /// The device did not come back.
+    /// The device did not come back. It has been reset and the queues are gone, here too.
     Failed,
 }
 
@@ -77,6 +89,49 @@ impl Sentinel {
     }
 }
 
+/// How often in a row the driver resets a device that misbehaves.
+const RESETS_MAX: u32 = 3;
+
+/// For how long a device has to behave to be forgiven, in milliseconds.
+const RESETS_FORGIVEN_MS: i64 = 10_000;
+
+/// Bounds how often the driver resets the device by itself: one that misbehaves at once again must
+/// not keep it busy for ever.
+struct Resets {
+    count: u32,
+    last: Option<Instant<Monotonic>>,
+}
+
+impl Resets {
+    const fn new() -> Self {
+        Self {
+            count: 0,
+            last: None,
+        }
+    }
+
+    /// Returns the number of the next reset in a row, if there is to be one. `idle` is how long ago
+    /// the last one was, if there was one.
+    fn next(count: u32, idle: Option<i64>) -> Option<u32> {
+        match idle {
+            Some(idle) if idle < RESETS_FORGIVEN_MS => (count < RESETS_MAX).then_some(count + 1),
+            _ => Some(1),
+        }
+    }
+
+    /// Counts a reset, if there may be another one.
+    fn allow(&mut self) -> bool {
+        let idle = self.last.map(|last| last.elapsed().as_millis());
+        let Some(count) = Self::next(self.count, idle) else {
+            return false;
+        };
+
+        self.count = count;
+        self.last = Some(Instant::now());
+        true
+    }
+}
+
 /// What is remembered between suspend and resume, behind a lock of its own.
 pub(crate) struct State {
     stage: Stage,
@@ -85,8 +140,9 @@ pub(crate) struct State {
     /// The host has promised to keep everything.
     promised: bool,
     sentinel: Sentinel,
-    /// The display was on and waits to be turned on again.
-    display: bool,
+    /// The display has been turned off and waits to be turned on again; this is what it showed.
+    display: Option<Screens>,
+    resets: Resets,
 }
 
 impl State {
@@ -96,7 +152,8 @@ impl State {
             phase: None,
             promised: false,
             sentinel: Sentinel::Absent,
-            display: false,
+            display: None,
+            resets: Resets::new(),
         }
     }
 }
@@ -140,7 +197,13 @@ fn quiesce(drm: &Device, state: &mut State) -> Result {
 
     let queue = &drm.queue;
 
-    if drm.has_display() && !state.display {
+    // The display cannot be turned off on a device that does not work.
+    if state.stage == Stage::Awake {
+        mend_locked(drm, state);
+    }
+    if drm.has_display() && state.display.is_none() {
+        let screens = *drm.screens.lock();
+
         drm.suspend().inspect_err(|e| {
             dev_err!(
                 drm.as_ref(),
@@ -148,10 +211,13 @@ fn quiesce(drm: &Device, state: &mut State) -> Result {
                 e
             );
         })?;
-        state.display = true;
+        state.display = Some(screens);
     }
     state.promised = false;
     if state.stage == Stage::Failed {
+        // There is nothing to quiesce, and another chance to come.
+        queue.set_gate(Gate::Frozen);
+        state.stage = Stage::Down;
         return Ok(());
     }
 
@@ -202,59 +268,122 @@ pub(crate) fn suspend(drm: &Device, phase: PmPhase) -> Result {
 }
 
 /// The transport is about to let the device sleep, or to reset it.
-pub(crate) fn freeze(drm: &Device, dev: &virtio::Device<device::Bound>) -> Result {
+pub(crate) fn freeze(drm: &Device) -> Result {
     let mut state = drm.pm.lock();
 
     quiesce(drm, &mut state)?;
     // Whatever is still in the ring has had its time.
-    drm.queue.stop(dev, false, Gate::Frozen);
+    drm.queue.stop(false, Gate::Frozen);
     state.stage = Stage::Down;
     Ok(())
 }
 
-/// The transport has reset the device and agreed on its features.
-pub(crate) fn restore(drm: &Device, dev: &virtio::Device<device::Bound>) -> Result {
+/// The transport is about to reset the device, while everybody is awake.
+pub(crate) fn reset_prepare(drm: &Device) {
     let mut state = drm.pm.lock();
 
-    drm.queue
-        .init_vqs(dev)
-        .and_then(|()| revive(drm, &mut state, true))
-        .inspect_err(|e| wedge(drm, &mut state, *e))
+    // What is lost is recovered, but there are hosts that look at commands while they reset.
+    drm.queue.stop(true, Gate::Frozen);
+    state.promised = false;
+    state.stage = Stage::Down;
+}
+
+/// The transport has reset the device and agreed on its features.
+pub(crate) fn restore(drm: &Device, dev: &virtio::Device<device::Bound>) -> Result {
+    come_up(drm, &mut drm.pm.lock(), || drm.queue.init_vqs(dev))
 }
 
 /// The PM core is done; the transport may have had nothing to do.
-pub(crate) fn resume(drm: &Device) -> Result {
+pub(crate) fn resume(drm: &Device, dev: &virtio::Device<device::Bound>) -> Result {
     let mut state = drm.pm.lock();
     let result = match state.stage {
-        Stage::Quiet => revive(drm, &mut state, false).inspect_err(|e| wedge(drm, &mut state, *e)),
+        Stage::Quiet => {
+            come_back(drm, &mut state, false).inspect_err(|e| wedge(drm, &mut state, *e))
+        }
         Stage::Awake => Ok(()),
-        // The transport's own error has been logged.
-        Stage::Down => {
-            wedge(drm, &mut state, ENODEV);
-            Err(ENODEV)
-        }
-        Stage::Failed => {
-            wedge(drm, &mut state, EIO);
-            Err(EIO)
-        }
+        // The transport has nothing to do for a device that keeps its state, even if that is
+        // wedged, or it has failed, and logged its own error.
+        Stage::Down => come_up(drm, &mut state, || {
+            dev.reset()?;
+            drm.queue.init_vqs(dev)
+        }),
+        // In `restore`, just now.
+        Stage::Failed => Err(EIO),
     };
 
     state.phase = None;
     result
 }
 
+/// The configuration of the device has changed: if the device asks for a reset by that, or has
+/// broken its queue, resets it and brings everything back.
+pub(crate) fn mend(drm: &Device) {
+    let mut state = drm.pm.lock();
+
+    if state.stage == Stage::Awake {
+        mend_locked(drm, &mut state);
+    }
+}
+
+fn mend_locked(drm: &Device, state: &mut State) {
+    if !drm.queue.needs_reset() {
+        return;
+    }
+    dev_warn!(drm.as_ref(), "the device does not work, resetting it\n");
+
+    let result = if state.resets.allow() {
+        drm.queue
+            .restart()
+            .and_then(|()| come_back(drm, state, true))
+    } else {
+        Err(EIO)
+    };
+
+    if let Err(e) = result {
+        wedge(drm, state, e);
+    }
+}
+
+/// Brings a device back that has been reset, and has no queues before `connect` has found them.
+fn come_up(drm: &Device, state: &mut State, connect: impl FnOnce() -> Result) -> Result {
+    connect()
+        .and_then(|()| come_back(drm, state, true))
+        .inspect_err(|e| wedge(drm, state, *e))
+}
+
+/// Brings a device back that has queues. One that breaks them while it is brought back has to be
+/// reset, and gets another chance.
+fn come_back(drm: &Device, state: &mut State, reset: bool) -> Result {
+    let mut result = revive(drm, state, reset);
+
+    while result.is_err() && drm.queue.needs_reset() && state.resets.allow() {
+        state.promised = false;
+        result = drm.queue.restart().and_then(|()| revive(drm, state, true));
+    }
+    result
+}
+
 /// Nothing more is expected of the device until it is reset.
 fn wedge(drm: &Device, state: &mut State, error: Error) {
+    drm.queue.stop(false, Gate::Wedged);
+    state.stage = Stage::Failed;
+    // Nothing will be seen, but clients must not be left suspended.
+    if state.display.take().is_some() {
+        let _ = drm.resume();
+    }
+    if error == ENODEV && drm.queue.is_gone() {
+        return;
+    }
     dev_err!(
         drm.as_ref(),
         "*ERROR* the device did not come back: {:?}\n",
         error
     );
-    drm.queue.set_gate(Gate::Wedged);
-    state.stage = Stage::Failed;
-    // Nothing will be seen, but clients must not be left suspended.
-    if core::mem::take(&mut state.display) {
-        let _ = drm.resume();
+
+    let methods = wedge::Recovery::REBIND | wedge::Recovery::BUS_RESET;
+
+    if let Err(e) = drm.wedged_event(methods) {
+        dev_err!(drm.as_ref(), "*ERROR* user space was not told: {:?}\n", e);
     }
 }
 
@@ -293,23 +422,35 @@ fn revive(drm: &Device, state: &mut State, reset: bool) -> Result {
             dev_warn!(drm.as_ref(), "the host did not keep its resources\n");
         }
     }
+    if plan == Plan::Verify && !kept {
+        // It may have some of them. After a reset it has none, as everywhere else.
+        queue.restart()?;
+        state.sentinel = Sentinel::Absent;
+    }
+
+    let done = match state.phase {
+        Some(_) => "resumed",
+        None => "reset",
+    };
 
     if plan == Plan::Keep {
-        dev_info!(drm.as_ref(), "resumed, the device was not reset\n");
+        dev_info!(drm.as_ref(), "{}, the device was not reset\n", done);
     } else if kept {
-        dev_info!(drm.as_ref(), "resumed, the host kept its resources\n");
+        dev_info!(drm.as_ref(), "{}, the host kept its resources\n", done);
     } else {
+        let screens = state.display.unwrap_or_else(|| *drm.screens.lock());
         let tally = Tally::new()?;
-        let count = drm.resources.recover(&tally)?;
+        let count = drm.resources.recover(&screens, &tally)?;
 
         if !queue.wait_idle() {
             return Err(ETIMEDOUT);
         }
         match tally.failed() {
-            0 => dev_info!(drm.as_ref(), "resumed, {} resources recovered\n", count),
+            0 => dev_info!(drm.as_ref(), "{}, {} resources recovered\n", done, count),
             failed => dev_err!(
                 drm.as_ref(),
-                "*ERROR* resumed, {} commands to recover {} resources failed\n",
+                "*ERROR* {}, {} commands to recover {} resources failed\n",
+                done,
                 failed,
                 count
             ),
@@ -321,7 +462,7 @@ fn revive(drm: &Device, state: &mut State, reset: bool) -> Result {
     if drm.has_display() {
         let changed = display::refresh(drm, Who::Kernel).unwrap_or(false);
 
-        if core::mem::take(&mut state.display) {
+        if state.display.take().is_some() {
             // The device works; user space can still turn on what was not.
             if let Err(e) = drm.resume() {
                 dev_err!(drm.as_ref(), "*ERROR* cannot resume the display: {:?}\n", e);
@@ -363,6 +504,20 @@ mod tests {
         assert_eq!(after(Sentinel::Present, &Err(EINVAL)), Sentinel::Absent);
         assert_eq!(after(Sentinel::Present, &Err(ETIMEDOUT)), Sentinel::Unknown);
         assert_eq!(after(Sentinel::Absent, &Err(ETIMEDOUT)), Sentinel::Unknown);
+    }
+
+    #[test]
+    fn a_device_that_never_behaves_is_given_up() {
+        let mut count = 0;
+
+        for n in 1..=RESETS_MAX {
+            let idle = (n > 1).then_some(0);
+            count = Resets::next(count, idle).unwrap_or(0);
+            assert_eq!(count, n);
+        }
+        assert_eq!(Resets::next(count, Some(RESETS_FORGIVEN_MS - 1)), None);
+        assert_eq!(Resets::next(count, Some(RESETS_FORGIVEN_MS)), Some(1));
+        assert_eq!(Resets::next(0, None), Some(1));
     }
 
     #[test]

@@ -100,8 +100,6 @@ pub(crate) enum Who {
     Ioctl,
     /// The kernel, on its own account or in a commit that cannot fail any more.
     Kernel,
-    /// Likewise, with a lock that others need: gets [`EAGAIN`] where it would have to wait.
-    NoWait,
     /// Suspend and resume, which have closed the gate themselves.
     Pm,
 }
@@ -132,6 +130,15 @@ pub(crate) struct QueueState {
     /// Somebody waited in vain for room, and nothing has come back since. Spares the others the
     /// same wait.
     stalled: bool,
+}
+
+impl QueueState {
+    /// Has everybody but [`Who::Pm`] wait for the reset that the device needs.
+    fn shut(&mut self) {
+        if self.gate == Gate::Running {
+            self.gate = Gate::Frozen;
+        }
+    }
 }
 
 /// What is done when the host is done with a command.
@@ -168,7 +175,7 @@ impl Token {
     }
 
     /// A token that keeps memory alive until the host has forgotten it.
-    pub(crate) fn release(held: KBox<Held>) -> Self {
+    fn release(held: KBox<Held>) -> Self {
         Self::new::<uapi::ResourceUnref>(Done::Release(held))
     }
 
@@ -244,20 +251,24 @@ impl Tally {
     }
 }
 
-/// Something that must not be dropped before the host is done, in a list of such things.
+/// What a resource was made of, which must not be dropped before the host has forgotten the
+/// resource, in a list of such things.
 pub(crate) struct Held<T: ?Sized + Send = dyn Send> {
     next: Option<KBox<Held>>,
+    resource: u32,
     _what: T,
 }
 
 impl Held {
-    /// Puts `what` into memory that was allocated earlier.
+    /// Puts `what` the `resource` was made of into memory that was allocated earlier.
     pub(crate) fn new<T: Send + 'static>(
         room: KBox<mem::MaybeUninit<Held<T>>>,
+        resource: u32,
         what: T,
     ) -> KBox<Self> {
         room.write(Held {
             next: None,
+            resource,
             _what: what,
         })
     }
@@ -280,7 +291,8 @@ pub(crate) struct Engine {
     /// To be dropped by `reclaim`.
     #[pin]
     released: SpinLock<Option<KBox<Held>>>,
-    /// To be released when the device has been reset, not before: the host was not told.
+    /// To be released when the host has been told, which there was no room for yet, or has
+    /// forgotten everything.
     #[pin]
     limbo: SpinLock<Option<KBox<Held>>>,
     refusals: Atomic<u32>,
@@ -332,16 +344,22 @@ impl Engine {
         *head = Some(held);
     }
 
+    fn pop(list: &SpinLock<Option<KBox<Held>>>) -> Option<KBox<Held>> {
+        let mut head = list.lock();
+        let mut held = head.take()?;
+
+        *head = held.next.take();
+        Some(held)
+    }
+
     fn release(&self, held: KBox<Held>) {
         Self::push(&self.released, held);
     }
 
     fn drop_list(list: &SpinLock<Option<KBox<Held>>>) {
-        let mut next = list.lock().take();
-
         // One by one: a list that is dropped as a whole is dropped recursively.
-        while let Some(mut held) = next {
-            next = held.next.take();
+        while let Some(held) = Self::pop(list) {
+            drop(held);
         }
     }
 }
@@ -392,8 +410,9 @@ fn dequeue(queues: &Arc<Virtqueues<Engine, NUM_QUEUES>>, index: usize) {
     let mut payload = None;
     let mut released = false;
     let mut guard = queues.lock(index);
+    let mut progress = false;
 
-    loop {
+    let broken = loop {
         guard.disable_callbacks();
 
         let mut any = false;
@@ -436,17 +455,30 @@ fn dequeue(queues: &Arc<Virtqueues<Engine, NUM_QUEUES>>, index: usize) {
         if any {
             let state = guard.state();
 
+            progress = true;
             state.stalled = false;
             if state.sleepers > 0 {
                 engine.moved.notify_all();
             }
         }
-        if guard.enable_callbacks() {
-            break;
+        if guard.is_broken() {
+            // Before anybody finds out the hard way.
+            guard.state().shut();
+            break true;
         }
-    }
+        if guard.enable_callbacks() {
+            break false;
+        }
+    };
     drop(guard);
 
+    let queue = Queue(queues.clone());
+
+    if broken {
+        queue.report_broken();
+    } else if progress {
+        queue.retry();
+    }
     if released {
         let _ = workqueue::system_percpu().enqueue::<Arc<_>, 2>(queues.clone());
     }
@@ -533,23 +565,51 @@ impl Queue {
     /// the queues are deleted, and no work is left that could look at them.
     ///
     /// `last` is what the gate says afterwards.
-    pub(crate) fn stop(&self, dev: &virtio::Device<device::Bound>, drain: bool, last: Gate) {
+    pub(crate) fn stop(&self, drain: bool, last: Gate) {
+        let engine = self.0.handler();
+
         if drain && !self.drain() {
             dev_err!(
-                dev.as_ref(),
+                engine.dev,
                 "*ERROR* the host did not answer {} commands within {} ms\n",
                 self.in_flight(),
                 TIMEOUT_MS
             );
         }
         self.set_gate(last);
+        self.0
+            .stop(|_, token| token.complete(engine, Err(ECANCELED)));
+        if last != Gate::Frozen {
+            // The host has no access any more, whatever it was or was not told.
+            Engine::drop_list(&engine.limbo);
+        }
+        self.settle();
+    }
 
+    /// Resets the device, and finds its queues again: whatever the host had, and whatever it made
+    /// of its queues, it now has nothing, and the queues are as good as new.
+    ///
+    /// What was in flight is completed with an error. Afterwards [`Who::Pm`] may issue commands, as
+    /// after [`Queue::init_vqs`]; on error, nobody may.
+    pub(crate) fn restart(&self) -> Result {
         let engine = self.0.handler();
 
-        self.0
-            .stop(dev, |_, token| token.complete(engine, Err(ECANCELED)));
-        // The host has no access any more, whatever it was or was not told.
-        Engine::drop_list(&engine.limbo);
+        self.set_gate(Gate::Frozen);
+
+        let result = self
+            .0
+            .restart(|_, token| token.complete(engine, Err(ECANCELED)));
+
+        self.settle();
+        result?;
+        self.device().ok_or(ENODEV)?.ready();
+        Ok(())
+    }
+
+    /// Waits for work items after a reset.
+    fn settle(&self) {
+        let engine = self.0.handler();
+
         engine.dequeue_ctrl.flush();
         engine.dequeue_cursor.flush();
         engine.reclaim.flush();
@@ -559,6 +619,32 @@ impl Queue {
     /// Lets everybody in.
     pub(crate) fn open(&self) {
         self.set_gate(Gate::Running);
+        self.retry();
+    }
+
+    /// Whether the device has asked to be reset, or does not work before it is.
+    pub(crate) fn needs_reset(&self) -> bool {
+        self.is_broken() || self.device().is_some_and(|dev| dev.needs_reset())
+    }
+
+    /// Whether the device has been taken away.
+    pub(crate) fn is_gone(&self) -> bool {
+        self.0.lock(CTRL).state().gate == Gate::Gone
+    }
+
+    fn is_broken(&self) -> bool {
+        (0..NUM_QUEUES).any(|index| self.0.lock(index).is_broken())
+    }
+
+    /// Tells the driver that the device has broken a queue, in the way that a device does it which
+    /// asks for a reset by itself.
+    fn report_broken(&self) {
+        for index in 0..NUM_QUEUES {
+            self.0.lock(index).state().shut();
+        }
+        if let Some(dev) = self.device() {
+            dev.notify_config_changed();
+        }
     }
 
     /// Closes the gate for all but [`Who::Pm`], and waits until the host has answered everything.
@@ -653,7 +739,30 @@ impl Queue {
     ) -> Result<(), Rejected> {
         let mut response = Response::Inline(command::HEADER_LEN);
 
-        self.submit_bytes(command.as_bytes(), payload, &mut response, token, who)
+        self.submit_bytes(command.as_bytes(), payload, &mut response, token, who, true)
+    }
+
+    /// Like [`Queue::submit`], but does not wait.
+    ///
+    /// Errors: likewise, and [`EAGAIN`] where it would have to wait. Somebody who can wait calls
+    /// [`Queue::wait_turn`] then, and tries again.
+    pub(crate) fn try_submit<C: Command>(
+        &self,
+        command: &C,
+        payload: Option<&Arc<Payload>>,
+        token: Token,
+        who: Who,
+    ) -> Result<(), Rejected> {
+        let mut response = Response::Inline(command::HEADER_LEN);
+
+        self.submit_bytes(
+            command.as_bytes(),
+            payload,
+            &mut response,
+            token,
+            who,
+            false,
+        )
     }
 
     fn submit_bytes(
@@ -663,6 +772,7 @@ impl Queue {
         response: &mut Response,
         mut token: Token,
         who: Who,
+        wait: bool,
     ) -> Result<(), Rejected> {
         let mut left = None;
         let mut guard = self.0.lock(CTRL);
@@ -686,6 +796,13 @@ impl Queue {
                 ControlFlow::Continue(false) => false,
                 ControlFlow::Break(error) => return Err(Rejected { error, token }),
             };
+
+            if !wait {
+                return Err(Rejected {
+                    error: EAGAIN,
+                    token,
+                });
+            }
 
             let left = left.get_or_insert_with(|| msecs_to_jiffies(TIMEOUT_MS));
 
@@ -714,9 +831,6 @@ impl Queue {
         if *left == 0 {
             return Err(ETIMEDOUT);
         }
-        if who == Who::NoWait {
-            return Err(EAGAIN);
-        }
 
         // The host may not have been told of what fills the ring.
         if guard.kick_prepare() {
@@ -725,15 +839,7 @@ impl Queue {
             return Ok(self.0.lock(CTRL));
         }
 
-        let moved = &self.0.handler().moved;
-
-        guard.state().sleepers += 1;
-        let slept = match who {
-            Who::Ioctl => guard.wait_killable(moved, *left),
-            _ => Ok(guard.wait(moved, *left)),
-        };
-        guard.state().sleepers -= 1;
-        *left = slept?;
+        *left = self.sleep(&mut guard, *left, who)?;
         Ok(guard)
     }
 
@@ -768,7 +874,7 @@ impl Queue {
         )?;
         let token = Token::new::<C>(Done::Reply(reply.clone()));
 
-        self.submit_bytes(command.as_bytes(), None, &mut response, token, who)
+        self.submit_bytes(command.as_bytes(), None, &mut response, token, who, true)
             .map_err(|rejected| rejected.error)?;
         Ok(Question {
             command: C::TYPE,
@@ -781,10 +887,10 @@ impl Queue {
         self.call(command, command::HEADER_LEN, who).map(drop)
     }
 
-    /// Waits until a command of [`Who::NoWait`] may have a better chance to get in.
+    /// Waits until [`Queue::try_submit`] may have a better chance.
     ///
-    /// Errors: as [`Queue::submit`].
-    pub(crate) fn wait_turn(&self) -> Result {
+    /// Context and errors: as for [`Queue::submit`].
+    pub(crate) fn wait_turn(&self, who: Who) -> Result {
         self.kick(CTRL);
 
         let mut left = msecs_to_jiffies(TIMEOUT_MS);
@@ -792,34 +898,119 @@ impl Queue {
         let mut waited = false;
 
         loop {
-            match guard.state().gate.admit(Who::Kernel) {
+            let admitted = match guard.state().gate.admit(who) {
+                ControlFlow::Continue(admitted) => admitted,
                 ControlFlow::Break(error) => return Err(error),
-                ControlFlow::Continue(true) if waited || guard.in_flight() == 0 => return Ok(()),
-                ControlFlow::Continue(_) if left == 0 => return Err(ETIMEDOUT),
-                ControlFlow::Continue(_) => {}
+            };
+
+            if admitted {
+                if guard.is_broken() {
+                    return Err(EIO);
+                }
+                if waited || guard.in_flight() == 0 {
+                    return Ok(());
+                }
+                if left == 0 || guard.state().stalled {
+                    guard.state().stalled = true;
+                    return Err(ETIMEDOUT);
+                }
+            } else if left == 0 {
+                return Err(ETIMEDOUT);
             }
-            guard.state().sleepers += 1;
-            left = guard.wait(&self.0.handler().moved, left);
-            guard.state().sleepers -= 1;
+            left = self.sleep(&mut guard, left, who)?;
             waited = left > 0;
         }
     }
 
-    /// Takes what a token keeps alive when the host cannot be told to let go of it. It is dropped
-    /// when the device is reset, which is now if it has been.
-    pub(crate) fn retire(&self, rejected: Rejected) {
-        let Done::Release(held) = rejected.token.done else {
-            return;
-        };
-        let guard = self.0.lock(CTRL);
+    /// Sleeps until something comes back, or the gate moves, for `left` at the most. Returns what
+    /// remains of that.
+    fn sleep(&self, guard: &mut Guard<'_>, left: Jiffies, who: Who) -> Result<Jiffies> {
+        let moved = &self.0.handler().moved;
 
-        // Under the lock: once the queue is gone, nobody empties the list any more.
-        if guard.connected() {
-            Engine::push(&self.0.handler().limbo, held);
-        } else {
-            drop(guard);
-            drop(held);
+        guard.state().sleepers += 1;
+        let slept = match who {
+            Who::Ioctl => guard.wait_killable(moved, left),
+            _ => Ok(guard.wait(moved, left)),
+        };
+        guard.state().sleepers -= 1;
+        slept
+    }
+
+    /// Has the host forget the resource that `held` belongs to, and lets go of `held` then. Does not
+    /// wait: where there is no room, the host is told when there is.
+    ///
+    /// Returns what can be dropped at once: the host cannot be told, nor reach it, any more.
+    pub(crate) fn unref(&self, held: KBox<Held>) -> Option<KBox<Held>> {
+        let command = command::resource_unref(held.resource);
+
+        match self.try_submit(&command, None, Token::release(held), Who::Kernel) {
+            Ok(()) => {
+                self.kick(CTRL);
+                None
+            }
+            Err(rejected) => self.retire(rejected.token),
         }
+    }
+
+    /// Keeps what a token keeps alive until the host can be told, or the device has been reset.
+    fn retire(&self, token: Token) -> Option<KBox<Held>> {
+        let Done::Release(held) = token.done else {
+            return None;
+        };
+        let mut guard = self.0.lock(CTRL);
+
+        // Under the lock: once the device is wedged or gone, and its queue too, nobody empties the
+        // list any more. While it sleeps, the host may keep what it has.
+        if guard.connected() || matches!(guard.state().gate, Gate::Draining | Gate::Frozen) {
+            Engine::push(&self.0.handler().limbo, held);
+            return None;
+        }
+        drop(guard);
+        Some(held)
+    }
+
+    /// Tells the host what there was no room for.
+    fn retry(&self) {
+        let engine = self.0.handler();
+        let mut any = false;
+
+        if engine.limbo.lock().is_none() {
+            return;
+        }
+        loop {
+            // In one go: nothing must get in after the host has forgotten everything.
+            let mut guard = self.0.lock(CTRL);
+
+            if guard.state().gate != Gate::Running {
+                break;
+            }
+
+            let Some(held) = Engine::pop(&engine.limbo) else {
+                break;
+            };
+            let added = guard.add(
+                command::resource_unref(held.resource).as_bytes(),
+                None,
+                &mut Response::Inline(command::HEADER_LEN),
+                Token::release(held),
+            );
+
+            if let Err(full) = added {
+                if let Done::Release(held) = full.token.done {
+                    Engine::push(&engine.limbo, held);
+                }
+                break;
+            }
+            any = true;
+        }
+        if any {
+            self.kick(CTRL);
+        }
+    }
+
+    /// The host has forgotten everything: there is nothing that it was to be told.
+    pub(crate) fn forget(&self) {
+        Engine::drop_list(&self.0.handler().limbo);
     }
 }
 
