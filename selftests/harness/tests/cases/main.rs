@@ -9,6 +9,7 @@ mod hibernate;
 mod hotplug;
 mod identity;
 mod kunit;
+mod reset;
 mod suspend;
 
 use libtest_mimic::Arguments;
@@ -27,6 +28,7 @@ fn main() {
     trials.extend(bad_input::trials());
     trials.extend(hotplug::trials());
     trials.extend(suspend::trials());
+    trials.extend(reset::trials());
     trials.extend(hibernate::trials());
     trials.extend(freezing::trials());
     libtest_mimic::run(&arguments, trials).exit();

@@ -1,0 +1,138 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! A device that is reset while everybody is awake comes back, with its picture.
+
+use anyhow::{
+    Context,
+    Result,
+    ensure, //
+};
+use libtest_mimic::Trial;
+use virtgpu_guest::wire::Report;
+use virtgpu_lab::case::{
+    Case,
+    trial, //
+};
+use virtgpu_lab::client::Client;
+use virtgpu_lab::screen;
+use virtgpu_lab::suspend::Sleep;
+use virtgpu_lab::vm::{
+    LIMIT,
+    Machine,
+    Note,
+    Vm, //
+};
+
+/// How often each guest's GPU is reset.
+const TIMES: u8 = 3;
+
+const SIZE: (u32, u32) = (1280, 800);
+const REFERENCE_SIZE: (u32, u32) = (1024, 768);
+
+pub fn trials() -> Vec<Trial> {
+    vec![
+        trial("reset::function::still", |case| {
+            let vm = case.boot(&Machine::behind_root_port("virtio-gpu-pci"))?;
+            let client = Client::start(vm, 0, &[SIZE])?;
+            for time in 1..=TIMES {
+                let before = screen::dump(vm, 0)?;
+                ensure!(!screen::is_black(&before), "the screen is black before");
+                reset(vm)?;
+                screen::expect(vm, 0, "the picture before the reset", &before)?;
+                client.expect(vm, time - 1)?;
+                client.draw(vm, time)?;
+            }
+            client.end(vm)
+        }),
+        trial("reset::broken_queue::still", |case| {
+            broken_queue(case, false)
+        }),
+        trial("reset::broken_queue::flips", |case| {
+            broken_queue(case, true)
+        }),
+        trial("reset::broken_queue::always", always_broken),
+        trial("reset::function::flips", |case| {
+            let vm = case.boot(&Machine::behind_root_port("virtio-gpu-pci"))?;
+            let client = Client::start(vm, 0, &[SIZE])?;
+            for time in 1..=TIMES {
+                let seeds = client.start_flips(vm)?;
+                reset(vm)?;
+                client.expect_flips(vm, seeds)?;
+                client.stop_flips(vm)?;
+                client.draw(vm, time)?;
+            }
+            client.end(vm)
+        }),
+    ]
+}
+
+/// A host that gives back a buffer which it did not have is reset, and everything goes on.
+fn broken_queue(case: &mut Case, flips: bool) -> Result<()> {
+    case.expect_in_log("is not a head");
+    let vm = case.boot(&Machine::on_reference_host(&[]))?;
+    let client = Client::start(vm, 0, &[REFERENCE_SIZE])?;
+    let mark = vm.mark();
+    let seeds = match flips {
+        true => Some(client.start_flips(vm)?),
+        false => None,
+    };
+    control(vm, "fault 1st RESOURCE_FLUSH: bad descriptor id")?;
+    match seeds {
+        Some(seeds) => {
+            vm.wait_console("resources recovered", mark)?;
+            client.expect_flips(vm, seeds)?;
+            client.stop_flips(vm)?;
+        }
+        None => {
+            client.draw(vm, 1)?;
+            vm.wait_console("resources recovered", mark)?;
+            client.expect(vm, 1)?;
+        }
+    }
+    client.draw(vm, 2)?;
+    client.end(vm)
+}
+
+/// A host that breaks its queue again and again is given up, and taken up again when somebody has it reset.
+fn always_broken(case: &mut Case) -> Result<()> {
+    case.expect_in_log("is not a head");
+    case.expect_in_log("*ERROR* the device did not come back");
+    let vm = case.boot(&Machine::on_reference_host(&[]))?;
+    let client = Client::start(vm, 0, &[REFERENCE_SIZE])?;
+    let mark = vm.mark();
+    let listener = vm.start_program(&["virtgpu-guest", "uevents"])?;
+    vm.wait_line(listener, "listening", mark)?;
+    control(vm, "fault TRANSFER_TO_HOST_2D: bad descriptor id")?;
+    // What is drawn now does not reach the screen, but whoever draws is not kept waiting.
+    client.draw_unseen(vm, 1)?;
+    vm.wait_console("the device did not come back", mark)?;
+    vm.wait(
+        "the event of a wedged device",
+        mark,
+        LIMIT,
+        |note| match note {
+            Note::Agent(Report::Out { id, text }) if listener.is(*id) => {
+                text.contains("WEDGED=rebind,bus-reset").then_some(())
+            }
+            _ => None,
+        },
+    )?;
+    client.draw_unseen(vm, 2)?;
+    control(vm, "clear")?;
+    Sleep::S3.cycle(vm)?;
+    client.expect(vm, 2)?;
+    client.draw(vm, 3)?;
+    client.end(vm)
+}
+
+fn control(vm: &Vm, line: &str) -> Result<()> {
+    let host = vm.host.as_ref().context("the machine has no such host")?;
+    host.control(line).map(drop)
+}
+
+/// Resets the GPU's PCI function as an administrator would.
+fn reset(vm: &mut Vm) -> Result<()> {
+    let mark = vm.mark();
+    vm.run("cd /sys/class/drm/card0/device && echo flr > reset_method && echo 1 > reset")?;
+    vm.wait_console("resources recovered", mark)
+}
