@@ -19,7 +19,10 @@ use virtgpu_lab::suspend::Sleep;
 use virtgpu_lab::vm::{
     LIMIT,
     Machine,
+    Mark,
     Note,
+    Program,
+    REFERENCE,
     Vm, //
 };
 
@@ -51,6 +54,12 @@ pub fn trials() -> Vec<Trial> {
             broken_queue(case, true)
         }),
         trial("reset::broken_queue::always", always_broken),
+        trial("reset::needs_reset", needs_reset),
+        trial("reset::wedged::suspend", |case| {
+            wedged(case, |vm| Sleep::S3.cycle(vm))
+        }),
+        trial("reset::wedged::function", |case| wedged(case, reset)),
+        trial("reset::wedged::rebind", wedged_rebind),
         trial("reset::function::flips", |case| {
             let vm = case.boot(&Machine::behind_root_port("virtio-gpu-pci"))?;
             let client = Client::start(vm, 0, &[SIZE])?;
@@ -93,6 +102,96 @@ fn broken_queue(case: &mut Case, flips: bool) -> Result<()> {
     client.end(vm)
 }
 
+/// Has QEMU's device find a fault in the driver, upon which it asks to be reset: in the common configuration, which is in BAR 4, 2
+/// is no value for `queue_enable`, at 28. It is written through the capability that gives access to BARs.
+const PROVOKE: &str = r#"
+config=/sys/class/drm/card0/device/config
+byte() { od -A n -t u1 -j $1 -N 1 $config | tr -d ' '; }
+put() { printf "$2" | dd of=$config bs=1 seek=$1 conv=notrunc 2>/dev/null; }
+at=$(byte 52)
+until [ $(byte $at) = 9 ] && [ $(byte $((at + 3))) = 5 ]; do
+	at=$(byte $((at + 1)))
+	[ $at != 0 ] || exit 1
+done
+put $((at + 4)) '\004'
+put $((at + 8)) '\034\0\0\0'
+put $((at + 12)) '\002\0\0\0'
+put $((at + 16)) '\002'
+"#;
+
+/// A device that asks to be reset is, and everything goes on.
+fn needs_reset(case: &mut Case) -> Result<()> {
+    let vm = case.boot(&Machine::with_gpu("virtio-gpu-pci"))?;
+    let client = Client::start(vm, 0, &[SIZE])?;
+    for time in 1..=TIMES {
+        let seeds = client.start_flips(vm)?;
+        let mark = vm.mark();
+        vm.run(PROVOKE)?;
+        vm.wait_console("the device does not work", mark)?;
+        vm.wait_console("resources recovered", mark)?;
+        client.expect_flips(vm, seeds)?;
+        client.stop_flips(vm)?;
+        client.draw(vm, time)?;
+    }
+    client.end(vm)
+}
+
+/// Suspends a guest whose host falls silent while it is recovered, and is given up.
+fn wedge<'a>(case: &'a mut Case) -> Result<(&'a mut Vm, Client)> {
+    case.expect_in_log("*ERROR* the device did not come back");
+    let vm = case.boot(&Machine {
+        host: Some(vec!["--freezing".into(), "off".into()]),
+        ..Machine::behind_root_port(REFERENCE)
+    })?;
+    let client = Client::start(vm, 0, &[REFERENCE_SIZE])?;
+    let mark = vm.mark();
+    let listener = vm.start_program(&["virtgpu-guest", "uevents"])?;
+    vm.wait_line(listener, "listening", mark)?;
+    control(vm, "fault RESOURCE_ATTACH_BACKING: no answer")?;
+    Sleep::S3.cycle(vm)?;
+    expect_wedged(vm, listener, mark)?;
+    // What is drawn now does not reach the screen, but whoever draws is not kept waiting.
+    client.draw_unseen(vm, 1)?;
+    control(vm, "clear")?;
+    Ok((vm, client))
+}
+
+/// A wedged device comes back when something resets it, with the last picture.
+fn wedged(case: &mut Case, way_back: impl Fn(&mut Vm) -> Result<()>) -> Result<()> {
+    let (vm, client) = wedge(case)?;
+    way_back(vm)?;
+    client.expect(vm, 1)?;
+    client.draw(vm, 2)?;
+    client.end(vm)
+}
+
+fn wedged_rebind(case: &mut Case) -> Result<()> {
+    let (vm, client) = wedge(case)?;
+    client.end(vm)?;
+    vm.run(
+        "cd /sys/bus/virtio/drivers/virtio_gpu && device=$(echo virtio*) && \
+         echo $device > unbind && echo $device > bind",
+    )?;
+    let client = Client::start(vm, 2, &[REFERENCE_SIZE])?;
+    client.draw(vm, 3)?;
+    client.end(vm)
+}
+
+fn expect_wedged(vm: &mut Vm, listener: Program, mark: Mark) -> Result<()> {
+    vm.wait_console("the device did not come back", mark)?;
+    vm.wait(
+        "the event of a wedged device",
+        mark,
+        LIMIT,
+        |note| match note {
+            Note::Agent(Report::Out { id, text }) if listener.is(*id) => {
+                text.contains("WEDGED=rebind,bus-reset").then_some(())
+            }
+            _ => None,
+        },
+    )
+}
+
 /// A host that breaks its queue again and again is given up, and taken up again when somebody has it reset.
 fn always_broken(case: &mut Case) -> Result<()> {
     case.expect_in_log("is not a head");
@@ -105,18 +204,7 @@ fn always_broken(case: &mut Case) -> Result<()> {
     control(vm, "fault TRANSFER_TO_HOST_2D: bad descriptor id")?;
     // What is drawn now does not reach the screen, but whoever draws is not kept waiting.
     client.draw_unseen(vm, 1)?;
-    vm.wait_console("the device did not come back", mark)?;
-    vm.wait(
-        "the event of a wedged device",
-        mark,
-        LIMIT,
-        |note| match note {
-            Note::Agent(Report::Out { id, text }) if listener.is(*id) => {
-                text.contains("WEDGED=rebind,bus-reset").then_some(())
-            }
-            _ => None,
-        },
-    )?;
+    expect_wedged(vm, listener, mark)?;
     client.draw_unseen(vm, 2)?;
     control(vm, "clear")?;
     Sleep::S3.cycle(vm)?;
