@@ -156,7 +156,6 @@ impl drm::Driver for DrmDriver {
     };
     const FEAT_RENDER: bool = true;
     const FEAT_MODESET: bool = true;
-    const FEAT_ATOMIC: bool = true;
     const IOCTLS: &'static [drm::ioctl::DrmIoctlDescriptor] = &[];
 }
 

@@ -88,8 +88,8 @@ pub use self::{
 
 /// A DRM driver with kernel mode setting.
 ///
-/// [`drm::Driver::FEAT_MODESET`] and [`drm::Driver::FEAT_ATOMIC`] must both be `true`; this is
-/// checked at compile time by [`drm::UnregisteredDevice::kms_setup`].
+/// [`drm::Driver::FEAT_MODESET`] must be `true`; this is checked at compile time by
+/// [`drm::UnregisteredDevice::kms_setup`].
 pub trait Driver: drm::Driver + Sized + 'static {
     /// The driver's plane.
     type Plane: DriverPlane<Driver = Self>;
@@ -253,12 +253,7 @@ impl<D: Driver> drm::UnregisteredDevice<D> {
     ///
     /// C counterpart: `drmm_mode_config_init()`.
     pub fn kms_setup(&self, config: ModeConfig) -> Result<Setup<'_, D>> {
-        const {
-            assert!(
-                D::FEAT_MODESET && D::FEAT_ATOMIC,
-                "a KMS driver must set FEAT_MODESET and FEAT_ATOMIC"
-            )
-        };
+        const { assert!(D::FEAT_MODESET, "a KMS driver must set FEAT_MODESET") };
 
         let raw = self.as_raw();
 
