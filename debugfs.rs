@@ -72,9 +72,9 @@ impl DebugfsFile for HostVisibleMmFile {
     }
 }
 
-/// Adds the files. The device is not registered yet.
-pub(crate) fn init(drm: &drm::UnregisteredDevice<DrmDriver>) {
-    drm.debugfs_file::<FeaturesFile>(c"virtio-gpu-features");
-    drm.debugfs_file::<IrqFenceFile>(c"virtio-gpu-irq-fence");
-    drm.debugfs_file::<HostVisibleMmFile>(c"virtio-gpu-host-visible-mm");
+/// Adds the files.
+pub(crate) fn init(registration: &drm::Registration<'_, DrmDriver>) {
+    registration.debugfs_file::<FeaturesFile>(c"virtio-gpu-features");
+    registration.debugfs_file::<IrqFenceFile>(c"virtio-gpu-irq-fence");
+    registration.debugfs_file::<HostVisibleMmFile>(c"virtio-gpu-host-visible-mm");
 }

@@ -247,7 +247,6 @@ impl virtio::Driver for VirtioDriver {
             } else {
                 drm.disable_modeset();
             }
-            debugfs::init(&drm);
 
             let device: ARef<Device> = (&*drm).into();
 
@@ -257,6 +256,7 @@ impl virtio::Driver for VirtioDriver {
                 })
                 .inspect_err(|_| queue.stop(false, Gate::Gone))
                 .map(|registration| {
+                    debugfs::init(&registration);
                     drm::client::setup(&registration);
                     try_pin_init!(DriverData {
                         drm: device,

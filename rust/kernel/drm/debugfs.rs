@@ -15,15 +15,15 @@ use core::ptr;
 
 /// A read-only file in the debugfs directory of a DRM device.
 ///
-/// See [`drm::UnregisteredDevice::debugfs_file`].
+/// See [`drm::Registration::debugfs_file`].
 pub trait DebugfsFile {
     /// The driver whose devices have the file.
     type Driver: drm::Driver;
 
     /// Writes the contents of the file to `m`.
     ///
-    /// Called in process context, whenever the file is read, from the registration of the device to
-    /// the end of it.
+    /// Called in process context, whenever the file is read, until the registration of the device
+    /// ends.
     ///
     /// An error is what reading the file returns.
     fn show(dev: &drm::Device<Self::Driver>, m: &SeqFile) -> Result;
@@ -38,8 +38,8 @@ unsafe extern "C" fn show_callback<F: DebugfsFile>(
     _data: *mut c_void,
 ) -> c_int {
     // SAFETY: By the safety requirements of this function, the private data is a
-    // `struct drm_debugfs_entry`, and its device is one of driver `F::Driver`. Files are removed,
-    // which waits for readers, before the device is released.
+    // `struct drm_debugfs_entry`, and its device is one of driver `F::Driver`. Whoever ends the
+    // registration has a reference to the device, and removes the files, which waits for readers.
     let dev = unsafe {
         let entry: *mut bindings::drm_debugfs_entry = (*m).private.cast();
         drm::Device::from_raw((*entry).dev)
@@ -52,18 +52,18 @@ unsafe extern "C" fn show_callback<F: DebugfsFile>(
     }
 }
 
-impl<T: drm::Driver> drm::UnregisteredDevice<T> {
-    /// Adds a file to the debugfs directory that the device gets when it is registered.
+impl<T: drm::Driver + 'static> drm::Registration<'_, T> {
+    /// Adds a file to the debugfs directory of the device.
     ///
     /// Without memory, or without debugfs in the kernel, there is no file.
     ///
     /// C counterpart: `drm_debugfs_add_file()`.
     pub fn debugfs_file<F: DebugfsFile<Driver = T>>(&self, name: &'static CStr) {
-        // SAFETY: The device is valid and not registered, the name lives forever, and
-        // `show_callback` is for the driver of the device.
+        // SAFETY: The device is valid and registered, the name lives forever, and `show_callback`
+        // is for the driver of the device.
         unsafe {
             bindings::drm_debugfs_add_file(
-                self.as_raw(),
+                self.device().as_raw(),
                 name.as_char_ptr(),
                 Some(show_callback::<F>),
                 ptr::null_mut(),
