@@ -33,11 +33,6 @@ fn vga_device(parent: &Device<Bound>) -> Option<*mut bindings::pci_dev> {
     unsafe { bindings::pci_is_vga(pdev) }.then_some(pdev)
 }
 
-/// Returns whether `parent` is a PCI device of the VGA class.
-pub fn is_vga(parent: &Device<Bound>) -> bool {
-    vga_device(parent).is_some()
-}
-
 /// Removes the drivers of framebuffers that the firmware has set up on a PCI device of the VGA
 /// class, and does nothing on other devices.
 ///

@@ -616,17 +616,6 @@ impl<D: Driver> drm::Device<D> {
         result
     }
 
-    /// Disables all outputs, for good.
-    ///
-    /// A [`Registration`](drm::Registration) does so by itself when it is dropped. This is for
-    /// drivers which need it earlier or elsewhere, for instance when the system shuts down.
-    ///
-    /// C counterpart: `drm_atomic_helper_shutdown()`.
-    pub fn shutdown_outputs(&self) {
-        // SAFETY: `self` was created by `UnregisteredDevice::new()`.
-        unsafe { shutdown(self.as_raw()) };
-    }
-
     /// Tells user space and in-kernel clients that connectors have changed.
     ///
     /// C counterpart: `drm_kms_helper_hotplug_event()`.

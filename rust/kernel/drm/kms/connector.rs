@@ -36,8 +36,8 @@ pub enum ConnectorStatus {
 
 /// The driver's part of a connector.
 ///
-/// All callbacks are called in process context, with the lock of the mode configuration held. They
-/// mustn't call methods of [`drm::Device`] and [`Connector`] that take it.
+/// All callbacks are called in process context, with the lock of the mode configuration or modeset
+/// locks held. They mustn't call methods of [`drm::Device`] and [`Connector`] that take them.
 ///
 /// C counterparts: `struct drm_connector_funcs`, `struct drm_connector_helper_funcs`.
 pub trait DriverConnector: Send + Sync + Sized + 'static {

@@ -153,14 +153,6 @@ impl<C: DriverCrtc> Crtc<C> {
         unsafe { &*ptr.cast() }
     }
 
-    /// # Safety
-    ///
-    /// `ptr` must be `NULL`, or embedded in a `Crtc<C>` that stays valid for the duration of `'a`.
-    pub(super) unsafe fn from_raw_opt<'a>(ptr: *mut bindings::drm_crtc) -> Option<&'a Self> {
-        // SAFETY: By the safety requirements of this function.
-        (!ptr.is_null()).then(|| unsafe { Self::from_raw(ptr) })
-    }
-
     /// Returns the device that the CRTC belongs to.
     pub fn dev(&self) -> &drm::Device<C::Driver> {
         // SAFETY: By the type invariants, this is a device of driver `C::Driver`. It outlives its

@@ -12,25 +12,12 @@ const fn code(chars: &[u8; 4]) -> u32 {
 /// `DRM_FORMAT_XRGB8888`: 32 bits a pixel, `[31:0] x:R:G:B 8:8:8:8`, little endian.
 pub const XRGB8888: u32 = code(b"XR24");
 
-/// `DRM_FORMAT_ARGB8888`: 32 bits a pixel, `[31:0] A:R:G:B 8:8:8:8`, little endian.
-pub const ARGB8888: u32 = code(b"AR24");
-
 /// `DRM_FORMAT_BGRX8888`: 32 bits a pixel, `[31:0] B:G:R:x 8:8:8:8`, little endian.
 pub const BGRX8888: u32 = code(b"BX24");
-
-/// `DRM_FORMAT_BGRA8888`: 32 bits a pixel, `[31:0] B:G:R:A 8:8:8:8`, little endian.
-pub const BGRA8888: u32 = code(b"BA24");
 
 /// [`XRGB8888`] in the byte order of the CPU (`DRM_FORMAT_HOST_XRGB8888`).
 pub const HOST_XRGB8888: u32 = if cfg!(target_endian = "little") {
     XRGB8888
 } else {
     BGRX8888
-};
-
-/// [`ARGB8888`] in the byte order of the CPU (`DRM_FORMAT_HOST_ARGB8888`).
-pub const HOST_ARGB8888: u32 = if cfg!(target_endian = "little") {
-    ARGB8888
-} else {
-    BGRA8888
 };

@@ -73,12 +73,6 @@ impl<D: Driver> Framebuffer<D> {
         unsafe { (*self.raw()).height }
     }
 
-    /// Pixel format, as a DRM fourcc code. See [`super::fourcc`].
-    pub fn format(&self) -> u32 {
-        // SAFETY: By the type invariants; a framebuffer always has a format.
-        unsafe { (*(*self.raw()).format).format }
-    }
-
     /// Memory plane `index`. There is one, unless the components of a pixel lie in different places.
     pub fn plane(&self, index: usize) -> Option<FramebufferPlane<'_, D>> {
         // SAFETY: By the type invariants; a framebuffer always has a format.

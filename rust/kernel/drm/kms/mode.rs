@@ -65,13 +65,6 @@ impl DisplayMode {
         self.raw().vdisplay.into()
     }
 
-    /// Pictures a second, in Hz.
-    pub fn vrefresh(&self) -> u32 {
-        // SAFETY: By the type invariants.
-        let vrefresh = unsafe { bindings::drm_mode_vrefresh(self.0.get()) };
-        vrefresh.try_into().unwrap_or(0)
-    }
-
     /// Whether the display, or the driver, has marked the mode as its preferred one.
     pub fn is_preferred(&self) -> bool {
         u32::from(self.raw().type_) & bindings::DRM_MODE_TYPE_PREFERRED != 0

@@ -5,7 +5,6 @@
 //! C header: [`include/drm/drm_plane.h`](srctree/include/drm/drm_plane.h)
 
 use super::{
-    Crtc,
     Driver,
     Framebuffer,
     Rect, //
@@ -409,24 +408,6 @@ impl<'a, D: Driver> PlaneUpdate<'a, D> {
         unsafe { Framebuffer::from_raw_opt(self.new_state().fb) }
     }
 
-    /// Returns the framebuffer that is replaced, or [`None`] if the plane was disabled.
-    pub fn old_fb(&self) -> Option<&'a Framebuffer<D>> {
-        // SAFETY: By the type invariants; the state holds a reference to its framebuffer.
-        unsafe { Framebuffer::from_raw_opt(self.old_state().fb) }
-    }
-
-    /// Returns the CRTC that shows the plane, or [`None`] if the plane is being disabled.
-    pub fn crtc(&self) -> Option<&'a Crtc<D::Crtc>> {
-        // SAFETY: By the type invariants; CRTCs live as long as the device.
-        unsafe { Crtc::from_raw_opt(self.new_state().crtc) }
-    }
-
-    /// Returns the CRTC that has shown the plane so far, or [`None`] if the plane was disabled.
-    pub fn old_crtc(&self) -> Option<&'a Crtc<D::Crtc>> {
-        // SAFETY: By the type invariants; CRTCs live as long as the device.
-        unsafe { Crtc::from_raw_opt(self.old_state().crtc) }
-    }
-
     /// Returns the new state of the CRTC that shows the plane, if it has one.
     fn crtc_state(&self) -> Option<NonNull<bindings::drm_crtc_state>> {
         let crtc = NonNull::new(self.new_state().crtc)?;
@@ -471,12 +452,6 @@ impl<'a, D: Driver> PlaneUpdate<'a, D> {
     /// Returns whether there is another framebuffer than before.
     pub fn fb_changed(&self) -> bool {
         self.old_state().fb != self.new_state().fb
-    }
-
-    /// Returns where the upper left corner of the plane is on the CRTC, in pixels. Both numbers may
-    /// be negative.
-    pub fn position(&self) -> (i32, i32) {
-        (self.new_state().crtc_x, self.new_state().crtc_y)
     }
 
     /// Returns a rectangle of the framebuffer that contains everything that has changed and is
