@@ -78,8 +78,9 @@ pub const RESPONSE_INLINE: usize = 40;
 /// How far apart requests are in memory that is shared with the device.
 const REQUEST_STRIDE: usize = 128;
 
-/// How far apart inline responses are in memory that is shared with the device.
-const RESPONSE_STRIDE: usize = 64;
+/// How far apart inline responses are in memory that is shared with the device. No cache line is
+/// longer: where DMA is not coherent, writing to one of them must not write back another.
+const RESPONSE_STRIDE: usize = 128;
 
 /// What a driver does with its virtqueues.
 ///
@@ -87,7 +88,8 @@ const RESPONSE_STRIDE: usize = 64;
 ///
 /// If it contains a [`Work`] for the [`Virtqueues`], and implements [`HasWork`] and [`WorkItem`]
 /// for it, an [`Arc`] of the [`Virtqueues`] can be enqueued as a work item, and
-/// [`Handler::interrupt`] can do so.
+/// [`Handler::interrupt`] can do so. It is up to the driver to [flush](Work::flush) it after
+/// [`Virtqueues::stop`], so that it does not run any more when the module is unloaded.
 pub trait Handler<const N: usize>: Send + Sync + Sized + 'static {
     /// What the driver wants to know again when a buffer comes back.
     type Token: Send + 'static;
@@ -201,8 +203,9 @@ impl Ring {
     /// # Safety
     ///
     /// `vq` must be a valid virtqueue without buffers, which nobody else uses, apart from
-    /// `virtqueue_notify()` and the interrupt handler. It must not be deleted while this structure
-    /// exists, and its device must not access what was added when this structure is dropped.
+    /// `virtqueue_notify()` and the interrupt handler. It must not be deleted as long as this
+    /// structure is used for anything but to be dropped, and its device must not access what was
+    /// added when that happens.
     unsafe fn new(vq: NonNull<bindings::virtqueue>, indirect: bool) -> Result<Self> {
         // SAFETY: By the safety requirements, `vq` is a valid virtqueue.
         let size = unsafe { bindings::virtqueue_get_vring_size(vq.as_ptr()) } as usize;
