@@ -147,21 +147,6 @@ impl<C: DriverCrtc> Crtc<C> {
 
     /// # Safety
     ///
-    /// `ptr` must be embedded in a `Crtc<C>` that stays valid for the duration of `'a`.
-    unsafe fn from_raw<'a>(ptr: *mut bindings::drm_crtc) -> &'a Self {
-        // SAFETY: `raw` is the first field of `Crtc`, which is `repr(C)`.
-        unsafe { &*ptr.cast() }
-    }
-
-    /// Returns the device that the CRTC belongs to.
-    pub fn dev(&self) -> &drm::Device<C::Driver> {
-        // SAFETY: By the type invariants, this is a device of driver `C::Driver`. It outlives its
-        // CRTCs.
-        unsafe { drm::Device::from_raw((*self.raw.get()).dev) }
-    }
-
-    /// # Safety
-    ///
     /// `crtc` must be embedded in a `Crtc<C>` that was created by [`Crtc::new`], and not be used
     /// afterwards.
     unsafe extern "C" fn destroy_callback(crtc: *mut bindings::drm_crtc) {

@@ -82,16 +82,14 @@ impl<D: Driver> Framebuffer<D> {
             return None;
         }
 
-        // SAFETY: By the type invariants, the framebuffer is initialised, and it doesn't change.
-        let (object, pitch, offset) = unsafe {
-            let raw = &*self.raw();
+        // SAFETY: By the type invariants, the framebuffer is initialised, and these don't change.
+        // There is no reference to all of it, since its reference count does.
+        let (objects, pitches, offsets) = unsafe {
+            let raw = self.raw();
 
-            (
-                *raw.obj.get(index)?,
-                *raw.pitches.get(index)?,
-                *raw.offsets.get(index)?,
-            )
+            ((*raw).obj, (*raw).pitches, (*raw).offsets)
         };
+        let object = *objects.get(index)?;
 
         if object.is_null() {
             return None;
@@ -102,8 +100,8 @@ impl<D: Driver> Framebuffer<D> {
             // file, and only objects of type `D::Object` can get a handle on a device of driver
             // `D`. The framebuffer holds a reference to them.
             object: unsafe { D::Object::from_raw(object) },
-            pitch,
-            offset,
+            pitch: *pitches.get(index)?,
+            offset: *offsets.get(index)?,
         })
     }
 }
