@@ -12,7 +12,7 @@ else
 MAKEFLAGS += --no-print-directory
 export KDIR KERNEL_CONFIG DRM_VIRTGPU_RS DRIVER DISPLAY_BACKEND HOST CASES
 
-.PHONY: help kernel run test shell bench check clean clean-cache
+.PHONY: help kernel run test soak shell bench check clean clean-cache
 
 help:
 	@sed -n 's/^#: \{0,1\}//p' $(firstword $(MAKEFILE_LIST))
@@ -20,7 +20,7 @@ help:
 kernel:
 	@STEPS=3 scripts/kernel.sh
 
-run test shell bench:
+run test soak shell bench:
 	@STEPS=5 scripts/kernel.sh
 	@STEPS=5 scripts/lab.sh $@
 
@@ -35,6 +35,7 @@ clean-cache:
 
 #: make run          suspend a guest while modetest draws, and compare the screen before and after
 #: make test         run the tests
+#: make soak         run the tests that take too long for every day
 #: make kernel       build the guest's kernel with the driver: build/bzImage, vmlinux, modules/, config
 #: make shell        boot to a shell on the serial line (C-a x leaves)
 #: make bench        what an operation costs, in instructions: both drivers
@@ -43,10 +44,10 @@ clean-cache:
 #: make clean-cache  remove all that was built, for every clone
 #: make help         this text
 #:
-#: DRIVER=c                 with Linux's C driver, for the comparison (run, test, shell)
+#: DRIVER=c                 with Linux's C driver, for the comparison (run, test, soak, shell)
 #: HOST=reference           on the reference host, which keeps everything while the guest sleeps (run)
 #: DISPLAY_BACKEND=gtk|sdl  in a window (run; the reference host has none)
-#: CASES=name               only the cases whose name contains this (test)
+#: CASES="name ..."         only the cases whose name contains one of these (test, soak)
 #: DRM_VIRTGPU_RS=y         the driver built in
 #: KERNEL_CONFIG=name|file  a configuration of scripts/configs, or a file
 #: KDIR=directory           the kernel tree to lay the driver over; it is not changed

@@ -1,8 +1,8 @@
 #!/bin/bash
 # SPDX-License-Identifier: GPL-2.0
 #
-# make run, test, shell and bench: boots guests with the kernel that build/kernel links to.
-# usage: lab.sh run|test|shell|bench
+# make run, test, soak, shell and bench: boots guests with the kernel that build/kernel links to.
+# usage: lab.sh run|test|soak|shell|bench
 
 # shellcheck source-path=SCRIPTDIR
 . "$(dirname "${BASH_SOURCE[0]}")/buildroot.sh"

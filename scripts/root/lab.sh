@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: GPL-2.0
 #
 # Builds the programs of selftests/ and runs them; in the build root.
-# usage: lab.sh run|test|shell|bench KERNEL CLONE   (names of the kernel's directory in the cache, and of this clone)
+# usage: lab.sh run|test|soak|shell|bench KERNEL CLONE   (names of the kernel's directory in the cache, and of this clone)
 
 # shellcheck source-path=SCRIPTDIR
 . "$(dirname "${BASH_SOURCE[0]}")/../lib.sh"
@@ -26,6 +26,17 @@ build_programs()
 build_host()
 {
 	build_programs build --release --package virtgpu-host --manifest-path host/Cargo.toml
+}
+
+# Runs the cases that the user named, or those with $1 in their names. The other arguments are the runner's.
+run_cases()
+{
+	local name status=0
+
+	for name in "${cases[@]:-$1}"; do
+		cargo test --release --package virtgpu-lab --test cases -- "${@:2}" "$name" || status=$?
+	done
+	return "$status"
 }
 
 cd /src/selftests
@@ -60,7 +71,13 @@ test)
 		cargo test --release --workspace --lib --bins || status=$?
 		cargo test --release --manifest-path host/Cargo.toml || status=$?
 	fi
-	cargo test --release --package virtgpu-lab --test cases -- "${cases[@]}" || status=$?
+	run_cases "" || status=$?
 	exit "$status"
+	;;
+soak)
+	build_programs test --no-run --release --package virtgpu-lab --test cases
+	build_host
+	step 5 "running the long tests"
+	run_cases soak:: --ignored
 	;;
 esac

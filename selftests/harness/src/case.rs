@@ -30,6 +30,8 @@ use crate::vm::{
 pub struct Case {
     pub kernel: Kernel,
     vm: Option<Vm>,
+    /// How many guests there have been; each has a directory of its own.
+    guests: u32,
     dir: PathBuf,
     expected: Vec<&'static str>,
     refused: Vec<&'static str>,
@@ -46,6 +48,7 @@ impl Case {
         Ok(Self {
             kernel: Kernel::from_env()?,
             vm: None,
+            guests: 0,
             dir,
             expected: Vec::new(),
             refused: Vec::new(),
@@ -64,15 +67,43 @@ impl Case {
 
     /// Boots the case's guest, and loads the driver.
     pub fn boot(&mut self, machine: &Machine) -> Result<&mut Vm> {
-        let vm = Vm::boot(&self.kernel, machine, &self.dir.join("guest"))?;
+        let dir = self.next_guest();
+        let vm = Vm::boot(&self.kernel, machine, &dir)?;
         Ok(self.vm.insert(vm))
     }
 
-    /// Starts the guest, which has switched itself off, a second time: what ran in it goes on if its kernel finds it on the disk.
+    /// The guest that runs.
+    pub fn vm(&mut self) -> Result<&mut Vm> {
+        self.vm.as_mut().context("there is no guest")
+    }
+
+    /// Ends the guest, which cannot be asked for its log any more.
+    pub fn switch_off(&mut self) {
+        self.vm = None;
+    }
+
+    /// As [`Case::boot`], without the driver.
+    pub fn boot_bare(&mut self, machine: &Machine) -> Result<&mut Vm> {
+        let dir = self.next_guest();
+        let vm = Vm::boot_bare(&self.kernel, machine, &dir)?;
+        Ok(self.vm.insert(vm))
+    }
+
+    /// Starts the guest, which has switched itself off, once more: what ran in it goes on if its kernel finds it on the disk.
     pub fn boot_again(&mut self) -> Result<&mut Vm> {
         let vm = self.vm.take().context("there was no first time")?;
-        let vm = vm.start_again(&self.kernel, &self.dir.join("guest-again"))?;
+        let dir = self.next_guest();
+        let vm = vm.start_again(&self.kernel, &dir)?;
         Ok(self.vm.insert(vm))
+    }
+
+    fn guest_dir(&self, number: u32) -> PathBuf {
+        self.dir.join(format!("guest{number}"))
+    }
+
+    fn next_guest(&mut self) -> PathBuf {
+        self.guests += 1;
+        self.guest_dir(self.guests)
     }
 
     /// Looks for what must not be in any guest's logs.
@@ -87,8 +118,8 @@ impl Case {
         let mut refused = Vec::new();
         let mut complaints = Vec::new();
         let has_host = self.vm.as_ref().is_some_and(|vm| vm.host.is_some());
-        for guest in ["guest", "guest-again"] {
-            let dir = self.dir.join(guest);
+        for number in 1..=self.guests {
+            let dir = self.guest_dir(number);
             if dir.exists() {
                 logs.push(fs::read_to_string(dir.join("console.log"))?);
                 let log = String::from_utf8_lossy(&fs::read(dir.join("qemu.log"))?).into_owned();
@@ -122,12 +153,16 @@ impl Case {
     }
 }
 
-/// Makes a test of `run`, which passes only if the logs are clean as well.
+/// What a case's name begins with if it takes too long for every day.
+const SOAK: &str = "soak::";
+
+/// Makes a test of `run`, which passes only if the logs are clean as well. The long ones run only when they are asked for.
 pub fn trial(
     name: impl Into<String>,
     run: impl Fn(&mut Case) -> Result<()> + Send + 'static,
 ) -> Trial {
     let name = name.into();
+    let long = name.starts_with(SOAK);
     Trial::test(name.clone(), move || {
         let mut case = Case::new(&name).map_err(|error| Failed::from(format!("{error:#}")))?;
         let mut complaints = Vec::new();
@@ -143,4 +178,5 @@ pub fn trial(
         complaints.push(format!("logs and pictures: {}", case.dir.display()));
         Err(Failed::from(complaints.join("\n")))
     })
+    .with_ignored_flag(long)
 }
