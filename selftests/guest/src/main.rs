@@ -3,6 +3,8 @@
 //! Guest side of the virtio-gpu selftests.
 
 mod agent;
+mod alarm;
+mod buffers;
 mod card;
 mod checks;
 mod client;
@@ -60,6 +62,26 @@ enum What {
         #[arg(long, value_parser = parse_size)]
         mode: Option<(u16, u16)>,
     },
+    /// Create and destroy buffers until a line comes in, and print how many there were.
+    Churn {
+        /// At least so many.
+        #[arg(default_value_t = 0)]
+        enough: usize,
+    },
+    /// Hold buffers with framebuffers and mappings, as standard input says.
+    ///
+    /// `fill BYTE` fills them, `check BYTE` expects that they have kept it, `release` gives them up. Each is answered with a line.
+    Hold {
+        /// How many.
+        count: usize,
+    },
+    /// Create a buffer of this size, such as 1024x768, and destroy it; print what became of it.
+    Create {
+        #[arg(value_parser = parse_size)]
+        size: (u16, u16),
+    },
+    /// Keep alarms of which one is about to go off, until the end of standard input or for two minutes: the kernel refuses to suspend.
+    Alarm,
     /// Print the driver's name and version, the connectors and their modes, as JSON.
     Info,
     /// Print size and fingerprint of every framebuffer that is being scanned out, as JSON.
@@ -82,6 +104,10 @@ fn main() -> Result<ExitCode> {
     match Arguments::parse().command {
         What::Selftest { names } => return selftest(&names),
         What::Client { seed, mode } => client::serve(Card::open()?, seed, mode)?,
+        What::Churn { enough } => buffers::churn(&Card::open()?, enough)?,
+        What::Hold { count } => buffers::hold(&Card::open()?, count)?,
+        What::Create { size } => buffers::create(&Card::open()?, size)?,
+        What::Alarm => alarm::hold()?,
         What::Info => println!("{}", serde_json::to_string(&Card::open()?.info()?)?),
         What::Framebuffers => println!("{}", serde_json::to_string(&Card::open()?.shown()?)?),
         What::Uevents => uevents::print()?,

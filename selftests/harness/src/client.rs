@@ -140,6 +140,18 @@ impl Client {
         self.expect(vm, seed)
     }
 
+    /// Expects that the client ends because its device is gone.
+    pub fn expect_gone(self, vm: &mut Vm) -> Result<()> {
+        let output = vm.wait_end(self.program)?;
+        ensure!(
+            output.code != 0 && output.err.contains("No such device"),
+            "the client ended with {}: {}",
+            output.code,
+            output.err
+        );
+        Ok(())
+    }
+
     /// Ends the client.
     pub fn end(self, vm: &mut Vm) -> Result<()> {
         vm.hang_up(self.program)?;

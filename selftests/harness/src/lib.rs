@@ -7,6 +7,7 @@ mod cargo;
 pub mod case;
 pub mod client;
 pub mod console;
+pub mod debugger;
 pub mod host;
 pub mod initramfs;
 pub mod kernel;

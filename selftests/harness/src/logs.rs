@@ -20,6 +20,8 @@ const KERNEL_FAULTS: &[&str] = &[
     "Slab cache still has objects",
     "flip_done timed out",
     "unreferenced object",
+    // An IOMMU that the device ran into.
+    "fault reason",
 ];
 
 /// Returns the lines of the kernel's log that tell of a fault, except those that contain one of `expected`.

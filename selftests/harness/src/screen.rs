@@ -20,7 +20,10 @@ use image::{
 use serde_json::json;
 use virtgpu_guest::picture;
 
-use crate::vm::Vm;
+use crate::vm::{
+    GPU,
+    Vm, //
+};
 
 /// How long a screen may take to show what the guest says that it shows.
 pub const SCREEN_LIMIT: Duration = Duration::from_secs(10);
@@ -31,7 +34,7 @@ pub fn dump(vm: &mut Vm, head: u32) -> Result<RgbImage> {
         return host.picture(head);
     }
     let path = vm.dir.join(format!("head{head}.ppm"));
-    let arguments = json!({ "filename": path, "device": "gpu0", "head": head });
+    let arguments = json!({ "filename": path, "device": GPU, "head": head });
     vm.monitor("screendump", arguments)?;
     let picture = image::open(&path).with_context(|| format!("cannot read {}", path.display()))?;
     std::fs::remove_file(path)?;

@@ -26,59 +26,132 @@ pub enum Sleep {
     S3,
     /// Suspend to idle: only the drivers are told.
     Idle,
+    /// Suspend to RAM, with an image on the disk for the case that the power fails.
+    Hybrid,
 }
 
-/// Writes to /sys/power/state and, on Q35, mends QEMU's power management block: the bytes 0x40 to 0x47 and 0x60 to 0x6b of the
-/// ICH9 bridge are lost in S3, and without them there is no second suspend.
+/// Writes its arguments to /sys/power/state, one after the other, and, on Q35, mends QEMU's power management block: the bytes 0x40
+/// to 0x47 and 0x60 to 0x6b of the ICH9 bridge are lost in S3, and without them there is no second suspend.
 const TO_STATE: &str = r#"
 bridge=/sys/bus/pci/devices/0000:00:1f.0/config
 copy() { dd if=$1 of=$2 bs=1 skip=$3 seek=$3 count=$4 conv=notrunc 2>/dev/null; }
-if [ -e $bridge ]; then copy $bridge /tmp/bridge 64 8; copy $bridge /tmp/bridge 96 12; fi
-echo $0 > /sys/power/state
-code=$?
-if [ -e $bridge ]; then copy /tmp/bridge $bridge 64 8; copy /tmp/bridge $bridge 96 12; fi
-exit $code
+for state; do
+    if [ -e $bridge ]; then copy $bridge /tmp/bridge 64 8; copy $bridge /tmp/bridge 96 12; fi
+    echo $state > /sys/power/state
+    code=$?
+    if [ -e $bridge ]; then copy /tmp/bridge $bridge 64 8; copy /tmp/bridge $bridge 96 12; fi
+    [ $code = 0 ] || exit $code
+done
 "#;
+
+/// A guest on its way to sleep, or asleep.
+pub struct Sleeper {
+    sleep: Sleep,
+    writer: Program,
+    mark: Mark,
+}
 
 impl Sleep {
     /// Sends the guest to sleep, sees from the outside that it sleeps, and wakes it up.
     pub fn cycle(self, vm: &mut Vm) -> Result<()> {
-        match self {
-            Self::S3 => {
-                vm.run("echo deep > /sys/power/mem_sleep")?;
-                let mark = vm.mark();
-                let writer = vm.start_program(&["sh", "-c", TO_STATE, "mem"])?;
-                wait_asleep(vm, writer, mark, |note| event(note, "SUSPEND"))?;
-                let status = vm.monitor("query-status", json!({}))?;
-                ensure!(
-                    status["status"] == "suspended",
-                    "QEMU's status is {}",
-                    status["status"]
-                );
-                vm.monitor("system_wakeup", json!({}))?;
-                vm.wait_event("WAKEUP", mark)?;
-                wait_awake(vm, writer)
-            }
-            Self::Idle => {
-                let mark = vm.mark();
-                let writer = vm.start_program(&["sh", "-c", "echo freeze > /sys/power/state"])?;
-                wait_asleep(vm, writer, mark, |note| match note {
-                    Note::Console(line) if line.contains("PM: suspend-to-idle") => Some(()),
-                    _ => None,
-                })?;
-                // The message comes just before the processor halts, and nothing but the button makes it run again.
-                let end = std::time::Instant::now() + LIMIT;
-                while !vm.human_monitor("info registers")?.contains("HLT=1") {
-                    ensure!(
-                        std::time::Instant::now() < end,
-                        "the guest's processor never halted"
-                    );
-                }
-                vm.monitor("system_powerdown", json!({}))?;
-                vm.wait_console("PM: suspend exit", mark)?;
-                wait_awake(vm, writer)
-            }
+        self.cycles(vm, 1)
+    }
+
+    /// As [`Sleep::cycle`], several times, and the guest does nothing in between.
+    pub fn cycles(self, vm: &mut Vm, count: usize) -> Result<()> {
+        let mut sleeper = self.start(vm, count)?;
+        for _ in 0..count {
+            sleeper.wait_asleep(vm)?;
+            sleeper.rouse(vm)?;
         }
+        sleeper.wait_awake(vm)
+    }
+
+    /// Sends the guest to sleep, and sees from the outside that it sleeps.
+    pub fn begin(self, vm: &mut Vm) -> Result<Sleeper> {
+        let sleeper = self.start(vm, 1)?;
+        sleeper.wait_asleep(vm)?;
+        Ok(sleeper)
+    }
+
+    fn start(self, vm: &mut Vm, count: usize) -> Result<Sleeper> {
+        let (prepare, state) = match self {
+            Self::S3 => ("echo deep > /sys/power/mem_sleep", "mem"),
+            Self::Idle => ("true", "freeze"),
+            Self::Hybrid => (
+                "echo deep > /sys/power/mem_sleep && echo suspend > /sys/power/disk",
+                "disk",
+            ),
+        };
+        vm.run(prepare)?;
+        let mark = vm.mark();
+        let mut argv = vec!["sh", "-c", TO_STATE, "sh"];
+        argv.extend(vec![state; count]);
+        Ok(Sleeper {
+            sleep: self,
+            writer: vm.start_program(&argv)?,
+            mark,
+        })
+    }
+}
+
+impl Sleeper {
+    fn wait_asleep(&self, vm: &mut Vm) -> Result<()> {
+        if self.sleep == Sleep::Idle {
+            wait_asleep(vm, self.writer, self.mark, |note| match note {
+                Note::Console(line) if line.contains("PM: suspend-to-idle") => Some(()),
+                _ => None,
+            })?;
+            // The message comes just before the processor halts, and nothing but the button makes it run again.
+            let end = std::time::Instant::now() + LIMIT;
+            while !vm.human_monitor("info registers")?.contains("HLT=1") {
+                ensure!(
+                    std::time::Instant::now() < end,
+                    "the guest's processor never halted"
+                );
+            }
+            return Ok(());
+        }
+        wait_asleep(vm, self.writer, self.mark, |note| event(note, "SUSPEND"))?;
+        let status = vm.monitor("query-status", json!({}))?;
+        ensure!(
+            status["status"] == "suspended",
+            "QEMU's status is {}",
+            status["status"]
+        );
+        Ok(())
+    }
+
+    fn rouse(&mut self, vm: &mut Vm) -> Result<()> {
+        self.mark = vm.mark();
+        if self.sleep == Sleep::Idle {
+            vm.monitor("system_powerdown", json!({}))?;
+            return vm.wait_console("PM: suspend exit", self.mark);
+        }
+        vm.monitor("system_wakeup", json!({}))?;
+        vm.wait_event("WAKEUP", self.mark)
+    }
+
+    fn wait_awake(self, vm: &mut Vm) -> Result<()> {
+        let output = vm.wait_end(self.writer)?;
+        ensure!(
+            output.code == 0,
+            "the guest reports a failed suspend: {} {}",
+            output.code,
+            output.err
+        );
+        Ok(())
+    }
+
+    /// Wakes the guest up.
+    pub fn wake(mut self, vm: &mut Vm) -> Result<()> {
+        self.rouse(vm)?;
+        self.wait_awake(vm)
+    }
+
+    /// The program in the guest that ends when the guest is awake.
+    pub fn writer(&self) -> Program {
+        self.writer
     }
 }
 
@@ -96,20 +169,23 @@ fn wait_asleep(
     })?
 }
 
-fn wait_awake(vm: &mut Vm, writer: Program) -> Result<()> {
-    let output = vm.wait_end(writer)?;
-    ensure!(
-        output.code == 0,
-        "the guest reports a failed suspend: {} {}",
-        output.code,
-        output.err
-    );
-    Ok(())
+/// Goes a part of the way to sleep and back (pm_test): what QEMU cannot see, the kernel's log has. Returns whether the kernel did.
+pub fn test(vm: &mut Vm, state: &str, level: &str) -> Result<bool> {
+    let mark = vm.mark();
+    let output = vm.try_run(&format!(
+        "echo {level} > /sys/power/pm_test && {{ echo {state} > /sys/power/state; code=$?; echo none > /sys/power/pm_test; exit $code; }}"
+    ))?;
+    if output.code == 0 {
+        vm.wait_console("debug: Waiting for", mark)?;
+    }
+    Ok(output.code == 0)
 }
 
-/// Suspends and resumes the devices only, without a sleep: what QEMU cannot see, the kernel's log has.
+/// Suspends and resumes the devices only, without a sleep.
 pub fn test_devices(vm: &mut Vm) -> Result<()> {
-    let mark = vm.mark();
-    vm.run("echo devices > /sys/power/pm_test && echo mem > /sys/power/state && echo none > /sys/power/pm_test")?;
-    vm.wait_console("PM: suspend debug", mark)
+    ensure!(
+        test(vm, "mem", "devices")?,
+        "the guest reports a failed suspend"
+    );
+    Ok(())
 }

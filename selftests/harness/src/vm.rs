@@ -59,9 +59,13 @@ use virtgpu_guest::wire::{
 };
 
 use crate::accelerator;
-use crate::host::Host;
+use crate::host::{
+    self,
+    Host, //
+};
 use crate::initramfs;
 use crate::kernel::Kernel;
+use crate::logs;
 use crate::vnc::Window;
 
 /// How long a guest may take to its shell. It takes 3 s on an idle machine, 45 s with a debug kernel.
@@ -79,6 +83,12 @@ const SIGTERM: i32 = 15;
 pub const REFERENCE: &str =
     "vhost-user-test-device-pci,virtio-id=16,num_vqs=2,config_size=24,vq_size=256,chardev=gpu";
 
+/// Name of the GPU in the machine.
+pub const GPU: &str = "gpu0";
+
+/// Name of the gdb stub's socket.
+const DEBUGGER: &str = "gdb";
+
 /// A machine to boot.
 #[derive(Clone)]
 pub struct Machine {
@@ -86,7 +96,7 @@ pub struct Machine {
     pub machine: &'static str,
     /// Memory, in QEMU's notation.
     pub memory: &'static str,
-    /// QEMU's `-device` arguments; the GPU has the id `gpu0`.
+    /// QEMU's `-device` arguments; the GPU has the id [`GPU`].
     pub devices: Vec<String>,
     /// Options of the reference host, if the GPU is its.
     pub host: Option<Vec<String>>,
@@ -97,6 +107,8 @@ pub struct Machine {
     pub append: String,
     /// How many heads have a window, whose size the case can change.
     pub windows: u32,
+    /// Whether a [`crate::debugger::Debugger`] can halt the guest.
+    pub debugger: bool,
     /// Whether there is a disk to swap and hibernate to, of this many MiB.
     pub swap: Option<u32>,
     /// More programs for the guest's `/bin`.
@@ -109,14 +121,15 @@ impl Machine {
     /// A machine with the given GPU.
     pub fn with_gpu(device: &str) -> Self {
         Self {
-            machine: "pc",
+            machine: "pc,hpet=off",
             memory: "512M",
-            devices: vec![format!("{device},id=gpu0")],
+            devices: vec![format!("{device},id={GPU}")],
             host: None,
             cpus: 1,
             icount: false,
             append: String::new(),
             windows: 0,
+            debugger: false,
             swap: None,
             programs: Vec::new(),
             arguments: Vec::new(),
@@ -126,10 +139,10 @@ impl Machine {
     /// A machine with the given PCI Express GPU behind a root port.
     pub fn behind_root_port(device: &str) -> Self {
         Self {
-            machine: "q35",
+            machine: "q35,hpet=off",
             devices: vec![
                 "pcie-root-port,id=port0".into(),
-                format!("{device},id=gpu0,bus=port0"),
+                format!("{device},id={GPU},bus=port0"),
             ],
             ..Self::with_gpu(device)
         }
@@ -149,9 +162,10 @@ impl Machine {
             true => "tcg",
             false => accelerator::fastest(&kernel.image),
         };
+        // A host under load may be too late for the kernel's check whether the timer ticks.
         let mut append = format!(
             "console=ttyS0 no_console_suspend ignore_loglevel pm_debug_messages \
-             suspend.pm_test_delay=0 oops=panic panic=-1 {}",
+             suspend.pm_test_delay=0 oops=panic panic=-1 no_timer_check {}",
             self.append
         );
         if self.icount {
@@ -174,7 +188,7 @@ impl Machine {
             "-run-with",
             "exit-with-parent=on",
             "-machine",
-            &format!("{},hpet=off", self.machine),
+            self.machine,
             "-accel",
             accelerator,
             "-cpu",
@@ -331,10 +345,15 @@ impl Vm {
             arguments.push("-chardev".into());
             arguments.push(format!("socket,id=gpu,path={}", host.socket().display()));
         }
+        // A microvm has one serial line of its own.
+        let agent = match machine.machine.starts_with("microvm") {
+            true => ["-device", "isa-serial,chardev=agent,iobase=0x2f8,irq=3"],
+            false => ["-serial", "chardev:agent"],
+        };
         for (name, user) in [
-            ("monitor", vec!["-qmp", "chardev:monitor"]),
-            ("console", vec!["-serial", "chardev:console"]),
-            ("agent", vec!["-serial", "chardev:agent"]),
+            ("monitor", ["-qmp", "chardev:monitor"]),
+            ("console", ["-serial", "chardev:console"]),
+            ("agent", agent),
         ] {
             let path = socket(name);
             arguments.push("-chardev".into());
@@ -345,9 +364,14 @@ impl Vm {
             arguments.push("-vnc".into());
             let path = socket(&format!("vnc{head}"));
             arguments.push(format!(
-                "unix:{},id=vnc{head},display=gpu0,head={head}",
+                "unix:{},id=vnc{head},display={GPU},head={head}",
                 path.display()
             ));
+        }
+        if machine.debugger {
+            let path = socket(DEBUGGER);
+            arguments.push("-gdb".into());
+            arguments.push(format!("unix:{},server=on,wait=off", path.display()));
         }
         let mut qemu = Command::new("qemu-system-x86_64")
             .args(&arguments)
@@ -607,8 +631,8 @@ impl Vm {
         self.order(&Order::HangUp { id: program.0 })
     }
 
-    /// Gives the window on a head a size, and waits until the guest has noticed. Size 0 by 0 closes it.
-    pub fn resize_window(&mut self, head: u32, width: u16, height: u16) -> Result<()> {
+    /// Gives the window on a head a size. Size 0 by 0 closes it.
+    pub fn start_to_resize_window(&mut self, head: u32, width: u16, height: u16) -> Result<()> {
         while self.windows.len() < self.machine.windows as usize {
             let path = self
                 .sockets
@@ -616,19 +640,106 @@ impl Vm {
                 .join(format!("vnc{}", self.windows.len()));
             self.windows.push(Window::open(&path)?);
         }
+        self.windows[head as usize].resize(width, height)
+    }
+
+    /// As [`Vm::start_to_resize_window`], and waits until the guest has noticed.
+    pub fn resize_window(&mut self, head: u32, width: u16, height: u16) -> Result<()> {
+        self.until_uevent("/drm/card", "HOTPLUG=1", |vm| {
+            vm.start_to_resize_window(head, width, height)
+        })
+    }
+
+    /// Does something, and waits until the guest's kernel has reported an event with both texts.
+    pub fn until_uevent(
+        &mut self,
+        path: &str,
+        what: &str,
+        act: impl FnOnce(&mut Self) -> Result<()>,
+    ) -> Result<()> {
         let mark = self.mark();
         let listener = self.start_program(&["virtgpu-guest", "uevents"])?;
         self.wait_line(listener, "listening", mark)?;
-        self.windows[head as usize].resize(width, height)?;
-        self.wait("a hotplug event", mark, LIMIT, |note| match note {
-            Note::Agent(Report::Out { id, text }) if listener.is(*id) => {
-                (text.contains("/drm/card") && text.contains("HOTPLUG=1")).then_some(())
-            }
-            _ => None,
-        })?;
+        act(self)?;
+        self.wait(
+            &format!("a uevent with {path} and {what}"),
+            mark,
+            LIMIT,
+            |note| match note {
+                Note::Agent(Report::Out { id, text }) if listener.is(*id) => {
+                    (text.contains(path) && text.contains(what)).then_some(())
+                }
+                _ => None,
+            },
+        )?;
         self.signal(listener, SIGTERM)?;
         self.wait_end(listener)?;
         Ok(())
+    }
+
+    /// Takes the GPU out of the machine, and waits until the guest has let go of it.
+    pub fn unplug(&mut self) -> Result<()> {
+        let mark = self.mark();
+        self.monitor("device_del", json!({ "id": GPU }))?;
+        self.wait_unplugged(mark)
+    }
+
+    /// Waits until the guest has let go of a GPU that is being taken out.
+    pub fn wait_unplugged(&mut self, mark: Mark) -> Result<()> {
+        self.wait("the GPU to be gone", mark, LIMIT, |note| match note {
+            // There is one for each part of it, too.
+            Note::Monitor(message) if message["data"]["device"] == GPU => {
+                event(note, "DEVICE_DELETED")
+            }
+            _ => None,
+        })
+    }
+
+    /// Puts the reference host's GPU back into `bus`, and waits until the guest has a card. The host is a new one: the old one, which
+    /// has lost its guest, must not have anything to complain of.
+    pub fn plug(&mut self, bus: &str) -> Result<()> {
+        const ANOTHER: &str = "another-gpu";
+        let options = self.machine.host.clone();
+        let options = options.context("the machine has no reference host")?;
+        self.host = None;
+        let complaints = host::complaints(&self.dir, &[])?;
+        ensure!(complaints.is_empty(), "{}", complaints.join("\n"));
+        let host = Host::start(&options, &self.dir)?;
+        let socket = host.socket();
+        self.host = Some(host);
+        let device = REFERENCE.replace("chardev=gpu", &format!("chardev={ANOTHER}"));
+        self.until_uevent("/drm/card", "ACTION=add", |vm| {
+            for command in [
+                format!("chardev-remove {ANOTHER}"),
+                format!("chardev-add socket,id={ANOTHER},path={}", socket.display()),
+                format!("device_add {device},id={GPU},bus={bus}"),
+            ] {
+                let answer = vm.human_monitor(&command)?;
+                let first = command.starts_with("chardev-remove");
+                ensure!(first || answer.is_empty(), "{command}: {answer}");
+            }
+            Ok(())
+        })
+    }
+
+    /// How often the host has been asked to create the guest's first resource of all: once, and again for each time that it had lost
+    /// everything.
+    pub fn creations(&self) -> Result<usize> {
+        let log = fs::read_to_string(self.dir.join("qemu.log"))?;
+        let created: Vec<_> = logs::resource_commands(&log)
+            .into_iter()
+            .filter(|(name, _)| *name == "res_create_2d")
+            .collect();
+        Ok(created
+            .iter()
+            .filter(|one| Some(*one) == created.first())
+            .count())
+    }
+
+    /// Path of the gdb stub's socket.
+    pub fn debugger(&self) -> Result<PathBuf> {
+        ensure!(self.machine.debugger, "the machine has no debugger");
+        Ok(self.sockets.path().join(DEBUGGER))
     }
 
     /// Returns the card as the guest sees it.

@@ -1,0 +1,116 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Stops a guest at a function of its kernel, over QEMU's gdb stub: for what must happen at one moment, and at no other.
+
+use std::io::{
+    Read,
+    Write, //
+};
+use std::os::unix::net::UnixStream;
+use std::process::Command;
+
+use anyhow::{
+    Context,
+    Result,
+    ensure, //
+};
+
+use crate::kernel;
+use crate::vm::{
+    LIMIT,
+    Vm, //
+};
+
+/// A debugger at a guest that is halted.
+pub struct Debugger {
+    stub: UnixStream,
+    symbols: String,
+}
+
+impl Debugger {
+    /// Halts the guest. Its machine must have been made with a debugger in mind.
+    pub fn halt(vm: &Vm) -> Result<Self> {
+        let path = vm.debugger()?;
+        let stub = UnixStream::connect(&path).with_context(|| path.display().to_string())?;
+        stub.set_read_timeout(Some(LIMIT))?;
+        let vmlinux = kernel::vmlinux()?;
+        let output = Command::new("nm")
+            .arg(&vmlinux)
+            .output()
+            .context("cannot run nm")?;
+        ensure!(
+            output.status.success(),
+            "nm {}: {}",
+            vmlinux.display(),
+            output.status
+        );
+        let mut debugger = Self {
+            stub,
+            symbols: String::from_utf8(output.stdout)?,
+        };
+        // Why it is halted is of no interest; the answer shows that it is.
+        debugger.ask("?")?;
+        Ok(debugger)
+    }
+
+    fn address(&self, symbol: &str) -> Result<&str> {
+        self.symbols
+            .lines()
+            .find_map(|line| line.strip_suffix(symbol)?.strip_suffix(' ')?.get(..16))
+            .with_context(|| format!("the kernel has no {symbol}"))
+    }
+
+    /// Lets the guest run from now until it comes to `function`, or up to the end of the limit.
+    pub fn run_until(&mut self, function: &str) -> Result<()> {
+        let place = format!("0,{},1", self.address(function)?);
+        self.order(&format!("Z{place}"))?;
+        let stop = self.ask("c")?;
+        ensure!(
+            stop.starts_with('T'),
+            "the guest did not stop at {function}: {stop}"
+        );
+        self.order(&format!("z{place}"))
+    }
+
+    /// Sets a variable of the kernel of four bytes.
+    pub fn set(&mut self, variable: &str, value: u32) -> Result<()> {
+        let bytes: String = value
+            .to_le_bytes()
+            .map(|byte| format!("{byte:02x}"))
+            .concat();
+        self.order(&format!("M{},4:{bytes}", self.address(variable)?))
+    }
+
+    /// Lets the guest go.
+    pub fn go(mut self) -> Result<()> {
+        self.order("D")
+    }
+
+    fn order(&mut self, text: &str) -> Result<()> {
+        let answer = self.ask(text)?;
+        ensure!(answer == "OK", "the gdb stub says '{answer}' to {text}");
+        Ok(())
+    }
+
+    fn ask(&mut self, text: &str) -> Result<String> {
+        let sum = text.bytes().fold(0u8, u8::wrapping_add);
+        write!(self.stub, "${text}#{sum:02x}")?;
+        let mut answer = Vec::new();
+        let mut byte = [0];
+        loop {
+            self.stub
+                .read_exact(&mut byte)
+                .with_context(|| format!("waiting for the answer to {text}"))?;
+            match byte[0] {
+                b'+' if answer.is_empty() => {}
+                b'#' => break,
+                other => answer.push(other),
+            }
+        }
+        // The checksum, on a socket that loses nothing.
+        self.stub.read_exact(&mut [0; 2])?;
+        self.stub.write_all(b"+")?;
+        let text = String::from_utf8_lossy(&answer).into_owned();
+        Ok(text.trim_start_matches('$').to_owned())
+    }
+}
