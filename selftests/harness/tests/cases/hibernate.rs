@@ -7,11 +7,14 @@ use anyhow::{
     ensure, //
 };
 use libtest_mimic::Trial;
+use serde_json::json;
 use virtgpu_lab::case::{
     Case,
     trial, //
 };
 use virtgpu_lab::client::Client;
+use virtgpu_lab::debugger::Debugger;
+use virtgpu_lab::suspend::Sleep;
 use virtgpu_lab::vm::{
     Machine,
     Vm, //
@@ -29,13 +32,17 @@ pub fn trials() -> Vec<Trial> {
     vec![
         trial("hibernate::test_resume", test_resume),
         trial("hibernate::shutdown", shutdown),
+        trial("hibernate::modes_and_suspend", modes_and_suspend),
+        trial("hibernate::hybrid", hybrid),
         trial("hibernate::aborted", aborted),
+        trial("hibernate::rolled_back", rolled_back),
     ]
 }
 
 fn boot(case: &mut Case, swap: u32) -> Result<&mut Vm> {
     let vm = case.boot(&Machine {
         swap: Some(swap),
+        debugger: true,
         ..Machine::with_gpu("virtio-gpu-pci")
     })?;
     vm.run("mkswap /dev/vda && swapon /dev/vda")?;
@@ -48,7 +55,7 @@ fn test_resume(case: &mut Case) -> Result<()> {
     let client = Client::start(vm, 1, &[SIZE])?;
     for round in 1..=2 {
         let mark = vm.mark();
-        vm.run("echo test_resume > /sys/power/disk && echo disk > /sys/power/state")?;
+        vm.run(&to_disk("test_resume"))?;
         vm.wait_console("Hibernation image restored successfully", mark)?;
         client.expect(vm, round)?;
         client.draw(vm, round + 1)?;
@@ -56,27 +63,104 @@ fn test_resume(case: &mut Case) -> Result<()> {
     client.end(vm)
 }
 
-/// The machine is switched off, and another process of QEMU goes on with what is on its disk.
-fn shutdown(case: &mut Case) -> Result<()> {
-    let vm = boot(case, ENOUGH)?;
-    let client = Client::start(vm, 1, &[SIZE])?;
-    client.draw(vm, 2)?;
+fn to_disk(mode: &str) -> String {
+    format!("echo {mode} > /sys/power/disk && echo disk > /sys/power/state")
+}
+
+/// Hibernates until the machine is off, and has another process of QEMU go on with what is on its disk.
+fn off_and_on<'a>(case: &'a mut Case, mode: &str) -> Result<&'a mut Vm> {
+    let vm = case.vm()?;
     let mark = vm.mark();
-    let writer = vm.start_program(&[
-        "sh",
-        "-c",
-        "echo shutdown > /sys/power/disk && echo disk > /sys/power/state",
-    ])?;
+    let writer = vm.start_program(&["sh", "-c", &to_disk(mode)])?;
+    if mode == "platform" {
+        vm.wait_event("SUSPEND_DISK", mark)?;
+    }
     vm.wait_event("SHUTDOWN", mark)?;
 
     let vm = case.boot_again()?;
     let output = vm.wait_end(writer)?;
     ensure!(
         output.code == 0,
-        "the guest reports a failed hibernation: {} {}",
+        "the guest reports a failed hibernation ({mode}): {} {}",
         output.code,
         output.err
     );
+    Ok(vm)
+}
+
+/// The machine is switched off.
+fn shutdown(case: &mut Case) -> Result<()> {
+    let vm = boot(case, ENOUGH)?;
+    let client = Client::start(vm, 1, &[SIZE])?;
+    client.draw(vm, 2)?;
+    let vm = off_and_on(case, "shutdown")?;
+    client.expect(vm, 2)?;
+    client.draw(vm, 3)?;
+    client.end(vm)
+}
+
+/// The other ways to end with an image on the disk, and suspend to RAM before and after each.
+fn modes_and_suspend(case: &mut Case) -> Result<()> {
+    let mut vm = boot(case, ENOUGH)?;
+    let client = Client::start(vm, 0, &[SIZE])?;
+    Sleep::S3.cycle(vm)?;
+    for (seed, mode) in [(10, "platform"), (20, "reboot")] {
+        client.draw(vm, seed)?;
+        let seeds = client.start_flips(vm)?;
+        vm = off_and_on(case, mode)?;
+        client.expect_flips(vm, seeds)?;
+        client.stop_flips(vm)?;
+        client.draw(vm, seed + 1)?;
+        Sleep::S3.cycle(vm)?;
+        client.expect(vm, seed + 1)?;
+        client.draw(vm, seed + 2)?;
+    }
+    client.end(vm)
+}
+
+/// An image is written, and then the guest sleeps in RAM; first it is woken up, and then the power fails.
+fn hybrid(case: &mut Case) -> Result<()> {
+    let vm = boot(case, ENOUGH)?;
+    let client = Client::start(vm, 1, &[SIZE])?;
+    let seeds = client.start_flips(vm)?;
+    Sleep::Hybrid.cycle(vm)?;
+    client.expect_flips(vm, seeds)?;
+    client.stop_flips(vm)?;
+    client.draw(vm, 2)?;
+
+    let sleeper = Sleep::Hybrid.begin(vm)?;
+    vm.monitor("quit", json!({}))?;
+    let vm = case.boot_again()?;
+    vm.wait_end(sleeper.writer())?;
+    client.expect(vm, 2)?;
+    client.draw(vm, 3)?;
+    client.end(vm)
+}
+
+/// The image has been written and the devices are down for good, when something wakes the guest up. Then it hibernates again.
+fn rolled_back(case: &mut Case) -> Result<()> {
+    let vm = boot(case, ENOUGH)?;
+    let client = Client::start(vm, 1, &[SIZE])?;
+    let before = vm.creations()?;
+    let mark = vm.mark();
+    let writer = vm.start_program(&["sh", "-c", &to_disk("platform")])?;
+    vm.wait_console("PM: Image saving progress:   0%", mark)?;
+    let mut debugger = Debugger::halt(vm)?;
+    // Every device has had its turn when this is called. The variable is what a wakeup event sets.
+    debugger.run_until("dpm_suspend_late")?;
+    debugger.set("pm_abort_suspend", 1)?;
+    debugger.go()?;
+    vm.wait_console("rolling back", mark)?;
+    vm.wait_end(writer)?;
+    client.expect(vm, 1)?;
+    client.draw(vm, 2)?;
+    let lost = vm.creations()? - before;
+    ensure!(
+        lost == 2,
+        "the host lost its resources {lost} times, not for the image and for the end"
+    );
+
+    let vm = off_and_on(case, "platform")?;
     client.expect(vm, 2)?;
     client.draw(vm, 3)?;
     client.end(vm)
@@ -87,8 +171,7 @@ fn aborted(case: &mut Case) -> Result<()> {
     let vm = boot(case, TOO_LITTLE)?;
     let client = Client::start(vm, 1, &[SIZE])?;
     for round in 1..=2 {
-        let output =
-            vm.try_run("echo shutdown > /sys/power/disk && echo disk > /sys/power/state")?;
+        let output = vm.try_run(&to_disk("shutdown"))?;
         ensure!(output.code != 0, "the image found room in {TOO_LITTLE} MiB");
         client.expect(vm, round)?;
         client.draw(vm, round + 1)?;

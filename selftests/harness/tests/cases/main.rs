@@ -11,6 +11,9 @@ mod identity;
 mod kunit;
 mod reset;
 mod suspend;
+mod transports;
+mod unplug;
+mod ways;
 
 use libtest_mimic::Arguments;
 
@@ -30,6 +33,9 @@ fn main() {
     trials.extend(suspend::trials());
     trials.extend(reset::trials());
     trials.extend(hibernate::trials());
+    trials.extend(ways::trials());
+    trials.extend(unplug::trials());
+    trials.extend(transports::trials());
     trials.extend(freezing::trials());
     libtest_mimic::run(&arguments, trials).exit();
 }

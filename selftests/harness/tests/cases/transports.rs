@@ -1,0 +1,123 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Other ways to reach the device, and other machines around it.
+
+use anyhow::{
+    Result,
+    ensure, //
+};
+use libtest_mimic::Trial;
+use virtgpu_lab::case::{
+    Case,
+    trial, //
+};
+use virtgpu_lab::client::Client;
+use virtgpu_lab::suspend::{
+    Sleep,
+    test, //
+};
+use virtgpu_lab::vm::{
+    GPU,
+    Machine,
+    REFERENCE,
+    Vm, //
+};
+
+const SIZE: (u32, u32) = (1280, 800);
+
+pub fn trials() -> Vec<Trial> {
+    vec![
+        trial("transports::mmio", mmio),
+        trial("transports::four_cpus", four_cpus),
+        trial("transports::large_backing", large_backing),
+        trial("transports::short_ring", short_ring),
+    ]
+}
+
+/// Flips, while the guest goes down and comes back.
+fn survives(vm: &mut Vm, down_and_up: impl Fn(&mut Vm) -> Result<()>) -> Result<()> {
+    let client = Client::start(vm, 0, &[SIZE])?;
+    for cycle in 1..=3 {
+        let before = vm.creations()?;
+        let seeds = client.start_flips(vm)?;
+        down_and_up(vm)?;
+        client.expect_flips(vm, seeds)?;
+        client.stop_flips(vm)?;
+        client.draw(vm, cycle)?;
+        let lost = vm.creations()? - before;
+        ensure!(lost == 1, "the host lost its resources {lost} times");
+    }
+    client.end(vm)
+}
+
+/// A machine without PCI and ACPI. It cannot sleep, but the kernel can go most of the way.
+fn mmio(case: &mut Case) -> Result<()> {
+    let vm = case.boot(&Machine {
+        machine: "microvm,acpi=off",
+        arguments: ["-global", "virtio-mmio.force-legacy=false"]
+            .map(String::from)
+            .into(),
+        ..Machine::with_gpu("virtio-gpu-device")
+    })?;
+    for (state, level) in [("freeze", "devices"), ("disk", "core")] {
+        survives(vm, |vm| {
+            ensure!(
+                test(vm, state, level)?,
+                "the guest does not go down to {level} for {state}"
+            );
+            Ok(())
+        })?;
+    }
+    Ok(())
+}
+
+fn four_cpus(case: &mut Case) -> Result<()> {
+    let vm = case.boot(&Machine {
+        cpus: 4,
+        ..Machine::with_gpu("virtio-gpu-pci")
+    })?;
+    survives(vm, |vm| Sleep::S3.cycle(vm))
+}
+
+/// Without indirect descriptors, the list of a large buffer's pages may be more than the ring can ever hold: that is an error, and
+/// nobody waits for it.
+fn large_backing(case: &mut Case) -> Result<()> {
+    let vm = case.boot(&Machine::with_gpu("virtio-gpu-pci,indirect_desc=off"))?;
+    backings(vm, SIZE)
+}
+
+/// The same in a ring of 16 entries, which a buffer of moderate size may overfill, and suspend.
+fn short_ring(case: &mut Case) -> Result<()> {
+    let machine = Machine::on_reference_host(&["--features", "edid,event-idx"]);
+    let device = format!(
+        "{},id={GPU}",
+        REFERENCE.replace("vq_size=256", "vq_size=16")
+    );
+    let vm = case.boot(&Machine {
+        devices: vec![device],
+        ..machine
+    })?;
+    backings(vm, (1024, 768))?;
+    let client = Client::start(vm, 10, &[(1024, 768)])?;
+    let seeds = client.start_flips(vm)?;
+    Sleep::S3.cycle(vm)?;
+    client.expect_flips(vm, seeds)?;
+    client.stop_flips(vm)?;
+    client.draw(vm, 11)?;
+    client.end(vm)
+}
+
+fn backings(vm: &mut Vm, size: (u32, u32)) -> Result<()> {
+    let client = Client::start(vm, 1, &[size])?;
+    for round in 2..=3 {
+        let outcome = vm.run("virtgpu-guest create 8192x6144")?;
+        ensure!(
+            ["created", "refused: Argument list too long (os error 7)"].contains(&outcome.trim()),
+            "a large buffer was {outcome}"
+        );
+        let outcome = vm.run("virtgpu-guest create 1024x768")?;
+        ensure!(outcome.trim() == "created", "a small buffer was {outcome}");
+        client.draw(vm, round)?;
+    }
+    client.end(vm)
+}

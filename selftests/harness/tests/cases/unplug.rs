@@ -1,0 +1,321 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! The driver, or the device, goes away and comes back.
+
+use std::fs;
+
+use anyhow::{
+    Context,
+    Result,
+    ensure, //
+};
+use libtest_mimic::Trial;
+use serde_json::json;
+use virtgpu_lab::case::{
+    Case,
+    trial, //
+};
+use virtgpu_lab::client::Client;
+use virtgpu_lab::console::Console;
+use virtgpu_lab::kernel::Kernel;
+use virtgpu_lab::suspend::Sleep;
+use virtgpu_lab::vm::{
+    GPU,
+    Machine,
+    Program,
+    REFERENCE,
+    Vm, //
+};
+
+/// What QEMU's device offers first, and what the reference host does.
+const SIZE: (u32, u32) = (1280, 800);
+const HOST_SIZE: (u32, u32) = (1024, 768);
+
+const SIGKILL: i32 = 9;
+
+pub fn trials() -> Vec<Trial> {
+    // Without a kernel to ask, the cases run, and say what is missing.
+    let built_in = Kernel::from_env().is_ok_and(|kernel| kernel.modules.is_empty());
+    vec![
+        trial("unplug::unbind", unbind),
+        trial("unplug::unload_in_use", unload_in_use).with_ignored_flag(built_in),
+        trial("unplug::disabled", disabled).with_ignored_flag(built_in),
+        trial("unplug::device_drawing", device_drawing),
+        trial("unplug::device_asleep", device_asleep),
+        trial("unplug::unanswered", unanswered),
+        trial("unplug::shutdown_is_quiet", shutdown_is_quiet),
+    ]
+}
+
+/// A client with buffers, framebuffers and mappings, none of which is shown.
+struct Holder(Program);
+
+impl Holder {
+    const BUFFERS: &str = "20";
+
+    fn start(vm: &mut Vm) -> Result<Self> {
+        let mark = vm.mark();
+        let program = vm.start_program(&["virtgpu-guest", "hold", Self::BUFFERS])?;
+        vm.wait_line(program, "holding", mark)?;
+        vm.say(program, "fill 77")?;
+        vm.wait_line(program, "filled 77", mark)?;
+        Ok(Self(program))
+    }
+
+    /// Expects that the mappings can still be used.
+    fn check(&self, vm: &mut Vm) -> Result<()> {
+        let mark = vm.mark();
+        vm.say(self.0, "check 77")?;
+        vm.wait_line(self.0, "kept 77", mark)?;
+        Ok(())
+    }
+
+    /// Gives everything up on a device that is gone.
+    fn release(self, vm: &mut Vm) -> Result<()> {
+        let mark = vm.mark();
+        vm.say(self.0, "release")?;
+        let errors = vm.wait_line(self.0, "released", mark)?;
+        ensure!(
+            errors == "No such device (os error 19)",
+            "giving up the buffers of a device that is gone: {errors}"
+        );
+        vm.hang_up(self.0)?;
+        vm.wait_end(self.0)?;
+        Ok(())
+    }
+
+    fn kill(self, vm: &mut Vm) -> Result<()> {
+        vm.signal(self.0, SIGKILL)?;
+        vm.wait_end(self.0)?;
+        Ok(())
+    }
+}
+
+fn show_something(vm: &mut Vm, seed: u8, size: (u32, u32)) -> Result<()> {
+    let client = Client::start(vm, seed, &[size])?;
+    let seeds = client.start_flips(vm)?;
+    client.expect_flips(vm, seeds)?;
+    client.stop_flips(vm)?;
+    client.draw(vm, seed + 1)?;
+    client.end(vm)
+}
+
+/// The driver is unbound and bound again: with the console, with a client that draws, and with clients that hold what they had for
+/// some time longer.
+fn unbind(case: &mut Case) -> Result<()> {
+    const DRIVER: &str = "/sys/bus/virtio/drivers/virtio_gpu";
+    let vm = case.boot(&Machine::with_gpu("virtio-gpu-pci"))?;
+    let bind = format!("echo virtio0 > {DRIVER}/bind");
+    let unbind = format!("echo virtio0 > {DRIVER}/unbind");
+    for round in 1..=3 {
+        let mut console = Console::new(vm, 1)?;
+        console.write(vm, round, &format!("Round {round}."))?;
+        vm.run(&unbind)?;
+        vm.run(&bind)?;
+    }
+    let mut console = Console::new(vm, 1)?;
+    console.write(vm, 3, "It is back.")?;
+
+    let mut earlier: Option<Holder> = None;
+    for round in 0..3 {
+        let client = Client::start(vm, 10 * round, &[SIZE])?;
+        let (one, other) = (Holder::start(vm)?, Holder::start(vm)?);
+        client.start_flips(vm)?;
+        vm.run(&unbind)?;
+        client.expect_gone(vm)?;
+        one.check(vm)?;
+        if let Some(earlier) = earlier.take() {
+            earlier.kill(vm)?;
+        }
+        vm.run(&bind)?;
+        show_something(vm, 10 * round + 2, SIZE)?;
+        other.check(vm)?;
+        one.release(vm)?;
+        Sleep::S3.cycle(vm)?;
+        show_something(vm, 10 * round + 4, SIZE)?;
+        earlier = Some(other);
+    }
+    earlier.context("there were no rounds")?.release(vm)?;
+    let mut console = Console::new(vm, 1)?;
+    console.write(vm, 3, "It is back again.")
+}
+
+/// A module that somebody uses stays, whether it has a device or not, and goes with its last user.
+fn unload_in_use(case: &mut Case) -> Result<()> {
+    let module = case.kernel.driver.module();
+    let vm = case.boot(&Machine::with_gpu("virtio-gpu-pci"))?;
+    let rmmod = format!("rmmod {module}");
+    for round in 0..2 {
+        vm.run("for console in /sys/class/vtconsole/vtcon[1-9]; do echo 0 > $console/bind; done")?;
+        let client = Client::start(vm, 10 * round, &[SIZE])?;
+        let holder = Holder::start(vm)?;
+        let output = vm.try_run(&rmmod)?;
+        ensure!(output.code != 0, "a module in use was unloaded");
+        client.draw(vm, 10 * round + 1)?;
+        client.end(vm)?;
+        vm.run("echo virtio0 > /sys/bus/virtio/drivers/virtio_gpu/unbind")?;
+        holder.check(vm)?;
+        let output = vm.try_run(&rmmod)?;
+        ensure!(output.code != 0, "a module in use was unloaded");
+        if round == 0 {
+            holder.release(vm)?;
+        } else {
+            holder.kill(vm)?;
+        }
+        vm.run(&rmmod)?;
+        vm.run("load-driver")?;
+        show_something(vm, 10 * round + 2, SIZE)?;
+    }
+    Ok(())
+}
+
+/// A probe that refuses the device leaves it as it was.
+fn disabled(case: &mut Case) -> Result<()> {
+    let module = case.kernel.driver.module();
+    let vm = case.boot_bare(&Machine::with_gpu("virtio-gpu-pci"))?;
+    for round in 0..2 {
+        vm.run(&format!(
+            "for module in $(cat /lib/modules/order); do
+                 case $module in */{module}.ko) insmod $module modeset=0 ;; *) insmod $module 2>/dev/null || true ;; esac
+             done"
+        ))?;
+        vm.run("! [ -e /sys/bus/virtio/devices/virtio0/driver ] && ! [ -e /dev/dri/card0 ]")?;
+        vm.run(&format!("rmmod {module}"))?;
+        vm.run("load-driver")?;
+        show_something(vm, 10 * round, SIZE)?;
+        vm.run("for console in /sys/class/vtconsole/vtcon[1-9]; do echo 0 > $console/bind; done")?;
+        vm.run(&format!("rmmod {module}"))?;
+    }
+    vm.run("load-driver")?;
+    show_something(vm, 100, SIZE)
+}
+
+/// A machine whose GPU can be taken out, as that of QEMU cannot.
+fn pluggable() -> Machine {
+    Machine {
+        devices: vec![
+            "pcie-root-port,id=port0".into(),
+            format!("{REFERENCE},id={GPU},bus=port0"),
+        ],
+        // The kernel has no ACPI hotplug, and does not ask the firmware for the other one.
+        append: "pcie_ports=native".into(),
+        arguments: vec![
+            "-global".into(),
+            "ICH9-LPC.acpi-pci-hotplug-with-bridge-support=off".into(),
+        ],
+        host: Machine::on_reference_host(&[]).host,
+        ..Machine::behind_root_port("")
+    }
+}
+
+/// The device is taken out while a client draws and another one holds buffers, and put back in.
+fn device_drawing(case: &mut Case) -> Result<()> {
+    let vm = case.boot(&pluggable())?;
+    for round in 0..2 {
+        let client = Client::start(vm, 10 * round, &[HOST_SIZE])?;
+        let (one, other) = (Holder::start(vm)?, Holder::start(vm)?);
+        client.start_flips(vm)?;
+        vm.unplug()?;
+        client.expect_gone(vm)?;
+        one.check(vm)?;
+        one.release(vm)?;
+        vm.plug("port0")?;
+        other.check(vm)?;
+        show_something(vm, 10 * round + 2, HOST_SIZE)?;
+        other.kill(vm)?;
+    }
+    Ok(())
+}
+
+/// The device is taken out while the guest sleeps. Not in RAM: when QEMU wakes a machine from that, its slots forget the request.
+fn device_asleep(case: &mut Case) -> Result<()> {
+    let vm = case.boot(&pluggable())?;
+    for round in 0..2 {
+        let client = Client::start(vm, 10 * round, &[HOST_SIZE])?;
+        let holder = Holder::start(vm)?;
+        client.start_flips(vm)?;
+        let sleeper = Sleep::Idle.begin(vm)?;
+        let mark = vm.mark();
+        vm.monitor("device_del", json!({ "id": GPU }))?;
+        sleeper.wake(vm)?;
+        vm.wait_unplugged(mark)?;
+        client.expect_gone(vm)?;
+        holder.check(vm)?;
+        holder.release(vm)?;
+        vm.plug("port0")?;
+        show_something(vm, 10 * round + 2, HOST_SIZE)?;
+    }
+    Ok(())
+}
+
+/// The host does not answer, and clients wait for it, when the driver is unbound, and when the device is taken out.
+fn unanswered(case: &mut Case) -> Result<()> {
+    // They may have waited long enough to complain.
+    case.expect_in_log(" was not sent: ETIMEDOUT");
+    let vm = case.boot(&pluggable())?;
+    for round in 0..2 {
+        let client = Client::start(vm, 10 * round, &[HOST_SIZE])?;
+        let holder = Holder::start(vm)?;
+        let mark = vm.mark();
+        let churner = vm.start_program(&["virtgpu-guest", "churn"])?;
+        vm.wait_line(churner, "churning", mark)?;
+        client.start_flips(vm)?;
+        let host = vm.host.as_ref().context("there is no host")?;
+        host.control("fault any: no answer")?;
+        if round == 0 {
+            vm.run("echo virtio0 > /sys/bus/virtio/drivers/virtio_gpu/unbind")?;
+        } else {
+            vm.unplug()?;
+        }
+        client.expect_gone(vm)?;
+        let output = vm.wait_end(churner)?;
+        ensure!(output.code != 0, "buffers come and go without a device");
+        holder.check(vm)?;
+        holder.release(vm)?;
+        if round == 0 {
+            let host = vm.host.as_ref().context("there is no host")?;
+            host.control("clear")?;
+            vm.run("echo virtio0 > /sys/bus/virtio/drivers/virtio_gpu/bind")?;
+        } else {
+            vm.plug("port0")?;
+        }
+        show_something(vm, 10 * round + 2, HOST_SIZE)?;
+    }
+    Ok(())
+}
+
+/// Returns what the driver last wrote to the status register of the machine's only virtio device.
+fn device_status(vm: &Vm) -> Result<String> {
+    let log = fs::read_to_string(vm.dir.join("qemu.log"))?;
+    let mut lines = log.lines().rev();
+    let last = lines.find_map(|line| {
+        line.strip_prefix("virtio_set_status ")?
+            .split("val ")
+            .nth(1)
+    });
+    Ok(last.context("the status was never written")?.to_owned())
+}
+
+/// A kernel that ends leaves a device that has been reset: whatever comes after it, another kernel for one, finds it quiet.
+fn shutdown_is_quiet(case: &mut Case) -> Result<()> {
+    const IN_USE: &str = "15";
+    const RESET: &str = "0";
+    let vm = case.boot(&Machine {
+        arguments: ["-trace", "virtio_set_status"].map(String::from).into(),
+        ..Machine::with_gpu("virtio-gpu-pci")
+    })?;
+    let client = Client::start(vm, 0, &[SIZE])?;
+    client.start_flips(vm)?;
+    let status = device_status(vm)?;
+    ensure!(status == IN_USE, "the device in use has status {status}");
+    let mark = vm.mark();
+    vm.start_program(&["halt", "-f"])?;
+    vm.wait_console("System halted", mark)?;
+    let status = device_status(vm)?;
+    ensure!(
+        status == RESET,
+        "the device of a kernel that has ended has status {status}"
+    );
+    case.switch_off();
+    Ok(())
+}
