@@ -183,8 +183,8 @@ impl Resources {
         )
     }
 
-    /// Enters a new recipe.
-    fn add(
+    /// Writes a new recipe, which is not entered yet.
+    fn recipe(
         &self,
         width: u32,
         height: u32,
@@ -198,7 +198,8 @@ impl Resources {
         }
 
         let nr_entries = u32::try_from(backing.len())?;
-        let resource = Arc::new(
+
+        Ok(Arc::new(
             Resource {
                 id,
                 width,
@@ -208,12 +209,23 @@ impl Resources {
                 told: Atomic::new(UNKNOWN),
             },
             GFP_KERNEL,
-        )?;
+        )?)
+    }
 
-        self.live
-            .lock()
-            .try_create_and_insert(id, resource.clone(), GFP_KERNEL)?;
-        Ok(resource)
+    /// Enters a new recipe, and has the host make a resource from it. It learns of it with the next
+    /// [`Queue::kick`].
+    fn add(&self, resource: &Arc<Resource>) -> Result {
+        let mut live = self.live.lock();
+
+        live.try_create_and_insert(resource.id, resource.clone(), GFP_KERNEL)?;
+        match resource.tell(&self.queue, BACKED, Who::Ioctl, None) {
+            Err(e) if e == EAGAIN => {
+                drop(live);
+                self.queue.wait_turn(Who::Ioctl)?;
+                self.make(resource.id, BACKED, Who::Ioctl, None).map(drop)
+            }
+            result => result,
+        }
     }
 
     /// Has the host make a resource as far as `goal`. It learns of it with the next
@@ -383,10 +395,10 @@ impl DriverObject for Object {
             backing.push(command::mem_entry(run.addr, run.len), GFP_KERNEL)?;
         }
 
-        let resource = dev.resources.add(args.width, args.height, backing)?;
+        let resource = dev.resources.recipe(args.width, args.height, backing)?;
         // From here on the object's end is the resource's, too.
         object.resource.populate(resource.clone());
-        dev.resources.make(resource.id, BACKED, Who::Ioctl, None)?;
+        dev.resources.add(&resource)?;
         dev.queue.kick(CTRL);
 
         args.pitch = pitch;

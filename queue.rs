@@ -130,6 +130,8 @@ pub(crate) struct QueueState {
     /// Somebody waited in vain for room, and nothing has come back since. Spares the others the
     /// same wait.
     stalled: bool,
+    /// There may be something in [`Engine::limbo`] that the host can be told when there is room.
+    owing: bool,
 }
 
 impl QueueState {
@@ -470,14 +472,14 @@ fn dequeue(queues: &Arc<Virtqueues<Engine, NUM_QUEUES>>, index: usize) {
             break false;
         }
     };
+    let owing = progress && guard.state().owing;
+
     drop(guard);
 
-    let queue = Queue(queues.clone());
-
     if broken {
-        queue.report_broken();
-    } else if progress {
-        queue.retry();
+        Queue(queues.clone()).report_broken();
+    } else if owing {
+        Queue(queues.clone()).retry();
     }
     if released {
         let _ = workqueue::system_percpu().enqueue::<Arc<_>, 2>(queues.clone());
@@ -539,6 +541,7 @@ impl Queue {
             gate: Gate::Frozen,
             sleepers: 0,
             stalled: false,
+            owing: false,
         };
 
         Ok(Self(Virtqueues::new(
@@ -963,6 +966,7 @@ impl Queue {
         // list any more. While it sleeps, the host may keep what it has.
         if guard.connected() || matches!(guard.state().gate, Gate::Draining | Gate::Frozen) {
             Engine::push(&self.0.handler().limbo, held);
+            guard.state().owing = true;
             return None;
         }
         drop(guard);
@@ -974,9 +978,6 @@ impl Queue {
         let engine = self.0.handler();
         let mut any = false;
 
-        if engine.limbo.lock().is_none() {
-            return;
-        }
         loop {
             // In one go: nothing must get in after the host has forgotten everything.
             let mut guard = self.0.lock(CTRL);
@@ -986,6 +987,7 @@ impl Queue {
             }
 
             let Some(held) = Engine::pop(&engine.limbo) else {
+                guard.state().owing = false;
                 break;
             };
             let added = guard.add(
