@@ -19,9 +19,9 @@
 //!
 //! | what happened | what the host is asked to keep | what is done |
 //! |---|---|---|
-//! | suspend to RAM or idle, with FREEZING | everything | verify; if it has not, reset and recover |
+//! | suspend to RAM or idle, with FREEZING | everything | verify, or else reset and recover |
 //! | suspend to RAM or idle | nothing | recover |
-//! | the same, and the device was not reset | as above | verify; if it has not, reset and recover |
+//! | the same, and the device was not reset | as above | verify, or else reset and recover |
 //! | hibernation, in all of its phases | nothing | recover |
 //! | a reset of the PCI function | nothing | recover |
 //! | a device that needs a reset | nothing | reset and recover |
