@@ -325,7 +325,7 @@ impl Resources {
         Ok(count)
     }
 
-    /// Has the host make a resource that it has forgotten. Returns whether there is such a resource.
+    /// Has the host make a resource that it has forgotten. Returns whether there is one.
     fn make_again(&self, id: u32, tally: &Arc<Tally>) -> Result<bool> {
         match self.make(id, FILLED, Who::Pm, Some(tally)) {
             // One that there is no memory for is no reason to give up the others.

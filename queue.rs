@@ -939,8 +939,8 @@ impl Queue {
         slept
     }
 
-    /// Has the host forget the resource that `held` belongs to, and lets go of `held` then. Does not
-    /// wait: where there is no room, the host is told when there is.
+    /// Has the host forget the resource that `held` belongs to, and lets go of `held` then. Does
+    /// not wait: where there is no room, the host is told when there is.
     ///
     /// Returns what can be dropped at once: the host cannot be told, nor reach it, any more.
     pub(crate) fn unref(&self, held: KBox<Held>) -> Option<KBox<Held>> {
