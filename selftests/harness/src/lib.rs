@@ -14,5 +14,6 @@ pub mod kernel;
 pub mod logs;
 pub mod screen;
 pub mod suspend;
+pub mod trace;
 pub mod vm;
 mod vnc;

@@ -5,6 +5,7 @@
 mod bad_input;
 mod display;
 mod freezing;
+mod golden;
 mod hibernate;
 mod hotplug;
 mod identity;
@@ -37,5 +38,6 @@ fn main() {
     trials.extend(unplug::trials());
     trials.extend(transports::trials());
     trials.extend(freezing::trials());
+    trials.extend(golden::trials());
     libtest_mimic::run(&arguments, trials).exit();
 }
