@@ -137,7 +137,7 @@ fn needs_reset(case: &mut Case) -> Result<()> {
 }
 
 /// Suspends a guest whose host falls silent while it is recovered, and is given up.
-fn wedge<'a>(case: &'a mut Case) -> Result<(&'a mut Vm, Client)> {
+fn wedge(case: &mut Case) -> Result<(&mut Vm, Client)> {
     case.expect_in_log("*ERROR* the device did not come back");
     let vm = case.boot(&Machine {
         host: Some(vec!["--freezing".into(), "off".into()]),
