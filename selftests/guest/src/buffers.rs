@@ -66,7 +66,7 @@ struct Held {
 }
 
 impl Held {
-    const SIZE: (u32, u32) = (64, 64);
+    const SIZE: (u32, u32) = (128, 128);
 
     fn new(card: &Card) -> Result<Self> {
         let buffer = card.create_dumb_buffer(Self::SIZE, DrmFourcc::Xrgb8888, 32)?;

@@ -49,11 +49,12 @@ fi
 poweroff -f
 "#;
 
-/// Loads the driver's modules that are not loaded yet.
+/// Loads the driver's modules that are not loaded yet. Parameters stand on the kernel's command line, as modprobe would have it.
 const LOAD_DRIVER: &str = r#"#!/bin/sh
 for module in $(cat /lib/modules/order); do
     name=$(basename $module .ko | tr - _)
-    grep -q "^$name " /proc/modules || insmod $module || exit
+    parameters=$(tr ' ' '\n' </proc/cmdline | sed -n "s/^$name\.//p")
+    grep -q "^$name " /proc/modules || insmod $module $parameters || exit
 done
 "#;
 

@@ -85,6 +85,8 @@ pub struct State {
     starting: Option<u64>,
     backend: Option<Backend>,
     channel: Option<UnixStream>,
+    /// The guest is to be told of a change when it is there.
+    change_pending: bool,
     kicks: [u64; QUEUES.len()],
     /// Queues whose rings make no sense: not looked at until the next start.
     broken: [bool; QUEUES.len()],
@@ -95,8 +97,13 @@ pub struct State {
 }
 
 impl State {
-    /// Tells the guest that the configuration space changed.
+    /// Tells the guest that the configuration space changed; one that has not started the device, as soon as it does. QEMU 11
+    /// ends if it has to interrupt a guest that has taken the device's interrupts away.
     pub fn config_changed(&mut self) -> io::Result<()> {
+        if !self.device.is_running() {
+            self.change_pending = true;
+            return Ok(());
+        }
         self.device.record.count("config_changes");
         match &self.channel {
             Some(channel) => sys::send_config_change(channel),
@@ -216,6 +223,7 @@ impl Gpu {
                 starting: None,
                 backend: None,
                 channel: None,
+                change_pending: false,
                 kicks: [0; QUEUES.len()],
                 broken: [false; QUEUES.len()],
                 stops: 0,
@@ -392,6 +400,11 @@ impl Gpu {
             let resumed = state.rings.iter().any(Ring::was_resumed);
             let work = state.device.start(features, resumed, early);
             let backend = state.backend.clone();
+            if std::mem::take(&mut state.change_pending) {
+                if let Err(error) = state.config_changed() {
+                    eprintln!("virtgpu-host: no hotplug: {error}");
+                }
+            }
             drop(state);
             self.map(backend, &work);
             state = self.state();

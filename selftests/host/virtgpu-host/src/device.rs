@@ -210,6 +210,11 @@ impl Device {
         &self.options
     }
 
+    /// Whether the guest has set DRIVER_OK, and neither reset the device nor been halted since.
+    pub fn is_running(&self) -> bool {
+        self.running
+    }
+
     /// The configuration space.
     pub fn config(&self) -> Config {
         Config {
@@ -294,7 +299,7 @@ impl Device {
     pub fn start(&mut self, features: u64, resumed: bool, early: u64) -> Vec<MapWork> {
         let mut work = Vec::new();
         if !resumed {
-            self.asked_to_keep = false;
+            let asked = std::mem::take(&mut self.asked_to_keep);
             self.features = features;
             let kept = self.power == Power::Promised && self.has_freezing();
             self.lied =
@@ -316,7 +321,12 @@ impl Device {
                     _ => {}
                 }
             } else {
-                self.power = Power::Awake;
+                // A guest that has had no answer may look whether it was given a promise.
+                self.power = if asked && self.has_freezing() {
+                    Power::Waking { first: true }
+                } else {
+                    Power::Awake
+                };
                 self.broken.clear();
                 work = self.release_all();
             }
@@ -764,6 +774,10 @@ impl Device {
             .resources
             .iter()
             .map(|(id, resource)| {
+                let checksum = match &resource.kind {
+                    Kind::Image(image) => Some(checksum(&image.pixels)),
+                    _ => None,
+                };
                 let (kind, mapped) = match &resource.kind {
                     Kind::Image(_) if resource.is_3d => ("3d", None),
                     Kind::Image(_) => ("2d", None),
@@ -780,6 +794,7 @@ impl Device {
                     "mapped": mapped,
                     "uuid": resource.uuid.map(|uuid| format!("{:032x}", u128::from_be_bytes(uuid))),
                     "contexts": resource.contexts,
+                    "checksum": checksum,
                 })
             })
             .collect();

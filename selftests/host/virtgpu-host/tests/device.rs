@@ -950,6 +950,21 @@ fn a_promise_can_be_too_late() {
     assert_eq!(guest.device.state()["power"], "awake");
 }
 
+/// A guest that has had no answer may look what is there, as long as it has not said that it is awake.
+#[test]
+fn who_had_no_answer_may_look() {
+    let mut guest = Guest::new();
+    guest.device.set_conduct("mute".parse().unwrap());
+    guest.show_picture();
+    guest.answer(freezing(1));
+    guest.reset();
+    guest.send(unref(1));
+    assert!(guest.rules().is_empty());
+    guest.send(freezing(0));
+    guest.send(unref(1));
+    assert_eq!(guest.rules(), ["unknown-resource"]);
+}
+
 /// A spoilt answer to FREEZING=1 is no promise.
 #[test]
 fn a_spoilt_promise_is_none() {
