@@ -115,13 +115,20 @@ pub(crate) fn init(drm: &drm::UnregisteredDevice<DrmDriver>) -> Result {
     setup.finish()
 }
 
-/// Asks the host for its displays and their EDIDs.
+/// Asks the host for its displays and their EDIDs. What it does not say is in the log.
 ///
 /// Returns whether anything has changed. Sleeps.
 pub(crate) fn refresh(drm: &Device, who: Who) -> Result<bool> {
     let queue = &drm.queue;
-    let answer = queue.call(&command::get_display_info(), DISPLAY_INFO_LEN, who)?;
-    let new = Displays::parse(answer.as_slice())?;
+    let new = queue
+        .call(&command::get_display_info(), DISPLAY_INFO_LEN, who)
+        .and_then(|answer| Displays::parse(answer.as_slice()))
+        .inspect_err(|e| {
+            // A device that is gone has nothing to say, and that is known.
+            if *e != ENODEV {
+                dev_err!(drm.as_ref(), "*ERROR* no display info: {:?}\n", e);
+            }
+        })?;
 
     if new.clamped {
         kernel::do_once_lite! {
@@ -167,14 +174,7 @@ pub(crate) fn refresh(drm: &Device, who: Who) -> Result<bool> {
                 Ok(new) => changed |= new,
                 // Once is enough to wait in vain.
                 Err(e) if e == ETIMEDOUT => mute = true,
-                Err(e) => kernel::do_once_lite! {
-                    dev_warn!(
-                        drm.as_ref(),
-                        "no usable EDID from the host for scanout {}: {:?}\n",
-                        connector.scanout,
-                        e
-                    )
-                },
+                Err(e) => Head::warn(connector, e),
             }
         });
     }
@@ -385,6 +385,17 @@ impl Head {
         }
     }
 
+    fn warn(connector: &Connector<Self>, error: Error) {
+        kernel::do_once_lite! {
+            dev_warn!(
+                connector.dev().as_ref(),
+                "no usable EDID from the host for scanout {}: {:?}\n",
+                connector.scanout,
+                error
+            )
+        }
+    }
+
     fn info(&self) -> DisplayInfo {
         DisplayInfo::from_word(self.info.load(Relaxed))
     }
@@ -397,7 +408,10 @@ impl Head {
         let answer = match answer {
             Ok(answer) => Some(answer),
             Err(e) if [ETIMEDOUT, ENODEV, ENOMEM].contains(&e) => return Err(e),
-            Err(_) => None,
+            Err(e) => {
+                Self::warn(connector, e);
+                None
+            }
         };
         let new = match &answer {
             Some(answer) => command::edid(answer.as_slice())?,

@@ -205,9 +205,7 @@ fn start(dev: &virtio::Device<Bound>, drm: &Device) -> Result {
         }
     }
     if drm.has_display() {
-        display::refresh(drm, Who::Kernel).inspect_err(|e| {
-            dev_err!(dev.parent(), "*ERROR* no display info: {:?}\n", e);
-        })?;
+        display::refresh(drm, Who::Kernel)?;
     }
     Ok(())
 }
