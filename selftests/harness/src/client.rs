@@ -152,6 +152,30 @@ impl Client {
         Ok(())
     }
 
+    /// Starts the client on a host that misbehaves. It may end for that.
+    pub fn try_start(vm: &mut Vm, seed: u8, sizes: &[(u32, u32)]) -> Result<Option<Self>> {
+        let mark = vm.mark();
+        let program = vm.start_program(&["virtgpu-guest", "client", &seed.to_string()])?;
+        let shown = vm.wait_line_or_end(program, &format!("shown {seed} "), mark)?;
+        Ok(shown.then(|| Self {
+            program,
+            sizes: sizes.to_vec(),
+        }))
+    }
+
+    /// Has the client draw test picture `seed` on a host that misbehaves. Returns whether the client is still there.
+    pub fn try_draw(&self, vm: &mut Vm, seed: u8) -> Result<bool> {
+        let mark = vm.mark();
+        vm.say(self.program, &format!("draw {seed}"))?;
+        vm.wait_line_or_end(self.program, &format!("drawn {seed}"), mark)
+    }
+
+    /// Ends the client, if it has not ended, and does not ask how.
+    pub fn leave(self, vm: &mut Vm) -> Result<()> {
+        vm.hang_up(self.program)?;
+        vm.wait_end(self.program).map(drop)
+    }
+
     /// Ends the client.
     pub fn end(self, vm: &mut Vm) -> Result<()> {
         vm.hang_up(self.program)?;

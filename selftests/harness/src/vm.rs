@@ -584,6 +584,24 @@ impl Vm {
         )?
     }
 
+    /// As [`Vm::wait_line`], but a program that ends instead, or has ended, is no error. Returns whether the line came.
+    pub fn wait_line_or_end(&mut self, program: Program, text: &str, mark: Mark) -> Result<bool> {
+        let what = format!("'{text}' of program {}, or its end", program.0);
+        let mut next = 0;
+        self.wait(&what, Mark(0), LIMIT, |note| {
+            next += 1;
+            match note {
+                Note::Agent(Report::Ended { id, .. }) if *id == program.0 => Some(false),
+                Note::Agent(Report::Out { id, text: line })
+                    if *id == program.0 && next > mark.0 && line.starts_with(text) =>
+                {
+                    Some(true)
+                }
+                _ => None,
+            }
+        })
+    }
+
     /// Waits until the program has ended, and returns everything that it wrote.
     pub fn wait_end(&mut self, program: Program) -> Result<Output> {
         let mut output = Output::default();

@@ -132,8 +132,8 @@ fn selftest(case: &mut Case) -> Result<()> {
     Ok(())
 }
 
-/// Without a kernel to ask, the case runs, and says what is missing.
-fn is_built_in() -> bool {
+/// Whether the driver cannot be unloaded. Without a kernel to ask, the case runs, and says what is missing.
+pub fn is_built_in() -> bool {
     Kernel::from_env().is_ok_and(|kernel| kernel.modules.is_empty())
 }
 

@@ -4,6 +4,7 @@
 
 mod bad_input;
 mod display;
+mod faults;
 mod freezing;
 mod golden;
 mod hibernate;
@@ -39,5 +40,6 @@ fn main() {
     trials.extend(transports::trials());
     trials.extend(freezing::trials());
     trials.extend(golden::trials());
+    trials.extend(faults::trials());
     libtest_mimic::run(&arguments, trials).exit();
 }
