@@ -102,8 +102,14 @@ pub(crate) fn negotiate(dev: &virtio::Negotiation<'_>) -> Result {
         );
         return Err(ENODEV);
     }
-    // Both of these have been there since the first version of the device.
-    if dev.config_read_le32(config::NUM_CAPSETS).is_err() {
+    // Both of these have been there since the first version of the device. What a PCI function does
+    // not have reads as all ones.
+    let missing = |offset| {
+        dev.config_read_le32(offset)
+            .map_or(true, |value| value == u32::MAX)
+    };
+
+    if missing(config::NUM_SCANOUTS) || missing(config::NUM_CAPSETS) {
         dev_err!(
             dev.as_ref(),
             "*ERROR* the device's config space is missing or too short\n"

@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! What must be refused.
+//! What must be refused: by the driver from user space, and from the host.
 
 use std::fs;
 
 use anyhow::{
+    Context,
     Result,
     ensure, //
 };
@@ -13,8 +14,17 @@ use virtgpu_lab::case::{
     Case,
     trial, //
 };
+use virtgpu_lab::client::Client;
+use virtgpu_lab::kernel::{
+    Driver,
+    Kernel, //
+};
 use virtgpu_lab::logs;
-use virtgpu_lab::vm::Machine;
+use virtgpu_lab::vm::{
+    Machine,
+    REFERENCE,
+    Vm, //
+};
 
 /// What the host may hear of a buffer that is never shown.
 const EXPECTED: [&str; 4] = [
@@ -25,7 +35,179 @@ const EXPECTED: [&str; 4] = [
 ];
 
 pub fn trials() -> Vec<Trial> {
-    vec![trial("bad_input::framebuffer", framebuffer)]
+    // The C driver oopses on some of these hosts, and waits for others for ever.
+    let other = Kernel::from_env().is_ok_and(|kernel| kernel.driver != Driver::Rust);
+    let mut trials = vec![trial("bad_input::framebuffer", framebuffer)];
+    for (name, lies) in [
+        ("sizes", &SIZES[..]),
+        ("edid", &EDIDS),
+        ("answers", &ANSWERS),
+        ("silence", &SILENCE),
+    ] {
+        trials.push(
+            trial(format!("bad_input::host::{name}"), move |case| {
+                host_lies(case, lies)
+            })
+            .with_ignored_flag(other),
+        );
+    }
+    for size in [0, 8, 12] {
+        trials.push(
+            trial(format!("bad_input::host::config_{size}"), move |case| {
+                short_config(case, size)
+            })
+            .with_ignored_flag(other),
+        );
+    }
+    trials
+}
+
+/// What a host says that is not so: what it is told to say, what the kernel's log has of it, once, and whether there is a device.
+type Lie = (&'static str, &'static str, bool);
+
+/// What the display is when the host tells the truth, and when it says nothing sensible.
+const SIZE: (u32, u32) = (1024, 768);
+
+const SIZES: [Lie; 5] = [
+    // The host does not care.
+    ("hotplug 0 0x0", "Initialized virtio_gpu", true),
+    ("hotplug 0 4294967295x4294967295", "clamped", true),
+    ("fault GET_DISPLAY_INFO: garbage from 32", "clamped", true),
+    (
+        "claim-scanouts 1000",
+        "the host offers 1000 scanouts, 16 are used",
+        true,
+    ),
+    ("claim-scanouts 0", "KMS disabled", false),
+];
+
+const EDIDS: [Lie; 4] = [
+    // The length is wrong as well.
+    ("fault GET_EDID: garbage", "no usable EDID", true),
+    ("fault GET_EDID: garbage from 32", "no usable EDID", true),
+    ("fault GET_EDID: used length 60", "no usable EDID", true),
+    ("fault GET_EDID: used length 1000", "no usable EDID", true),
+];
+
+const ANSWERS: [Lie; 9] = [
+    (
+        "fault GET_DISPLAY_INFO: used length 3",
+        NO_DISPLAY_INFO,
+        false,
+    ),
+    (
+        "fault GET_DISPLAY_INFO: used length 100",
+        NO_DISPLAY_INFO,
+        false,
+    ),
+    ("fault GET_DISPLAY_INFO: wrong type", NO_DISPLAY_INFO, false),
+    (
+        "fault GET_DISPLAY_INFO: error 0x1200",
+        NO_DISPLAY_INFO,
+        false,
+    ),
+    ("fault GET_EDID: wrong type", "no usable EDID", true),
+    ("fault GET_EDID: error 0x1204", "no usable EDID", true),
+    ("fault STATUS_FREEZING: used length 3", NO_FREEZING, true),
+    ("fault STATUS_FREEZING: wrong type", NO_FREEZING, true),
+    ("fault STATUS_FREEZING: error 0x1200", NO_FREEZING, true),
+];
+
+const SILENCE: [Lie; 4] = [
+    ("fault GET_DISPLAY_INFO: no answer", NO_DISPLAY_INFO, false),
+    (
+        "fault GET_EDID: no answer",
+        "*ERROR* no answer to GET_EDID",
+        true,
+    ),
+    ("fault STATUS_FREEZING: no answer", NO_FREEZING, true),
+    ("fault any: no answer", NO_DISPLAY_INFO, false),
+];
+
+const NO_DISPLAY_INFO: &str = "*ERROR* no display info";
+const NO_FREEZING: &str = "the host offers freezing, but does not know it";
+
+fn unload(vm: &mut Vm, module: &str) -> Result<()> {
+    vm.run(&format!(
+        "for console in /sys/class/vtconsole/vtcon*; do \
+         grep -q 'frame buffer' $console/name && echo 0 > $console/bind; done; rmmod {module}"
+    ))?;
+    Ok(())
+}
+
+/// Loads the driver, and returns what the kernel's log has of it.
+fn load(vm: &mut Vm) -> Result<String> {
+    vm.run("dmesg -c > /dev/null; load-driver")?;
+    vm.run("dmesg")
+}
+
+/// Whatever the host says, probe fails with an error that says why, or makes something sensible of it and says so, once. Then the
+/// module is unloaded, and with a host that tells the truth again it works.
+fn host_lies(case: &mut Case, lies: &[Lie]) -> Result<()> {
+    let module = case.kernel.driver.module();
+    case.expect_in_log(NO_DISPLAY_INFO);
+    case.expect_in_log("*ERROR* no answer to");
+    // Of a scanout that does not exist.
+    case.expect_refused("GET_EDID");
+    let vm = case.boot_bare(&Machine::on_reference_host(&[]))?;
+    for (lie, log, has_device) in lies {
+        tell(vm, lie)?;
+        let seen = check_lie(vm, log, *has_device).and_then(|()| unload(vm, module));
+        seen.with_context(|| lie.to_string())?;
+
+        for line in ["clear", "claim-scanouts off", "hotplug 0 1024x768"] {
+            tell(vm, line)?;
+        }
+        let log = load(vm)?;
+        ensure!(
+            log.contains("features: +freezing"),
+            "after '{lie}', an honest host is not believed: {log}"
+        );
+        draw(vm).with_context(|| format!("on an honest host after '{lie}'"))?;
+        unload(vm, module)?;
+    }
+    Ok(())
+}
+
+fn tell(vm: &Vm, line: &str) -> Result<()> {
+    vm.host.as_ref().context("no host")?.control(line).map(drop)
+}
+
+fn draw(vm: &mut Vm) -> Result<()> {
+    let client = Client::start(vm, 1, &[SIZE])?;
+    client.draw(vm, 2)?;
+    client.end(vm)
+}
+
+fn check_lie(vm: &mut Vm, expected: &str, has_device: bool) -> Result<()> {
+    let log = load(vm)?;
+    let times = log.lines().filter(|line| line.contains(expected)).count();
+    ensure!(
+        times == 1,
+        "'{expected}' is {times} times in the log: {log}"
+    );
+    if has_device {
+        return draw(vm);
+    }
+    let output = vm.try_run("virtgpu-guest info")?;
+    ensure!(output.code != 0, "there is a display: {}", output.out);
+    Ok(())
+}
+
+/// A device whose configuration space is not there, or too short, is none of ours.
+fn short_config(case: &mut Case, size: u32) -> Result<()> {
+    const MISSING: &str = "*ERROR* the device's config space is missing or too short";
+    let module = case.kernel.driver.module();
+    case.expect_in_log(MISSING);
+    let mut machine = Machine::on_reference_host(&[]);
+    let device = REFERENCE.replace("config_size=24", &format!("config_size={size}"));
+    machine.devices = vec![format!("{device},id=gpu0")];
+    let vm = case.boot_bare(&machine)?;
+    for _ in 0..2 {
+        check_lie(vm, MISSING, false)?;
+        unload(vm, module)?;
+    }
+    Ok(())
 }
 
 /// A framebuffer that reaches beyond its buffer is refused, and the host does not hear of it.

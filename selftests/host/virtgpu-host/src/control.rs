@@ -21,6 +21,7 @@ pub const HELP: &str = "  state                      scanouts, resources, what w
   faults                     what was injected
   dump [DIRECTORY]           write scanout-N.png and cursor-N.png
   hotplug SCANOUT WxH|off    plug in a display of that size, or unplug it
+  claim-scanouts NUMBER|off  have the configuration space say that there are so many
   fault RULE                 add a rule, for example: 3rd SET_SCANOUT: no answer
   random SEED[:RATE]|off     strike RATE (20) of a thousand commands
   clear                      forget all rules, and stop random faults
@@ -54,6 +55,8 @@ fn answer(gpu: &Gpu, png: Option<&Path>, line: &str) -> Result<Value, String> {
             state.device.hotplug(number32(scanout)?, display(size)?)?;
             state.config_changed().map_err(|error| error.to_string())?;
         }
+        "claim-scanouts" if rest == "off" => state.device.claim_scanouts(None),
+        "claim-scanouts" => state.device.claim_scanouts(Some(number32(rest)?)),
         "fault" => state.device.faults.add(rest.parse()?),
         "random" if rest == "off" => state.device.faults.randomise(None),
         "random" => state.device.faults.randomise(Some(rest.parse()?)),

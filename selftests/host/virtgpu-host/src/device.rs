@@ -168,6 +168,8 @@ pub struct Device {
     resources: BTreeMap<u32, Resource>,
     contexts: BTreeSet<u32>,
     scanouts: Vec<Scanout>,
+    /// How many scanouts the configuration space claims to have, if that is a lie.
+    claimed_scanouts: Option<u32>,
     /// Resources that were dropped against the promise: the guest is not to blame for using them.
     broken: BTreeSet<u32>,
     /// The promise was broken: what is left is in the way of a guest that makes everything anew.
@@ -196,6 +198,7 @@ impl Device {
             resources: BTreeMap::new(),
             contexts: BTreeSet::new(),
             scanouts,
+            claimed_scanouts: None,
             broken: BTreeSet::new(),
             lied: false,
             number: 0,
@@ -220,7 +223,7 @@ impl Device {
         Config {
             events_read: self.events_read,
             events_clear: 0,
-            num_scanouts: self.scanouts.len() as u32,
+            num_scanouts: self.claimed_scanouts.unwrap_or(self.scanouts.len() as u32),
             num_capsets: self.options.capsets.len() as u32,
             blob_alignment: self.options.blob_alignment.unwrap_or(0),
         }
@@ -270,6 +273,11 @@ impl Device {
         self.record
             .line("hotplug", json!({ "scanout": scanout, "size": size }));
         Ok(())
+    }
+
+    /// Has the configuration space claim that there are so many scanouts, or tell the truth.
+    pub fn claim_scanouts(&mut self, number: Option<u32>) {
+        self.claimed_scanouts = number;
     }
 
     /// Changes what happens when the guest freezes.
@@ -606,6 +614,7 @@ impl Device {
                 let asked = matches!(refusal.rule, "unknown-resource" | "resource-exists")
                     && matches!(self.power, Power::Waking { .. });
                 let believed = refusal.rule == "broken-promise"
+                    || self.claimed_scanouts.is_some() && refusal.rule == "unknown-scanout"
                     || self.lied && matches!(refusal.rule, "resource-exists" | "backing-exists");
                 if asked || believed {
                     line.insert("note".into(), json!(refusal.text));
@@ -707,9 +716,9 @@ impl Device {
             }
             Action::Twice => answer.times = 2,
             Action::BadId(id) => answer.id = Some(id),
-            Action::Garbage => {
+            Action::Garbage(from) => {
                 answer.bytes.resize(capacity.min(65536), 0);
-                for byte in answer.bytes.iter_mut().skip(HEADER_SIZE) {
+                for byte in answer.bytes.iter_mut().skip(from.unwrap_or(HEADER_SIZE)) {
                     *byte = random.number() as u8;
                 }
                 answer.used = answer.bytes.len() as u32;

@@ -36,8 +36,8 @@ pub enum Action {
     Twice,
     /// `bad descriptor id` or `bad descriptor id 70000`: other buffers are given back.
     BadId(Option<u32>),
-    /// `garbage`: random bytes after the header of the answer.
-    Garbage,
+    /// `garbage` or `garbage from 32`: random bytes from there on, or after the answer's header.
+    Garbage(Option<usize>),
 }
 
 impl fmt::Display for Action {
@@ -53,7 +53,8 @@ impl fmt::Display for Action {
             Action::Twice => write!(f, "token twice"),
             Action::BadId(None) => write!(f, "bad descriptor id"),
             Action::BadId(Some(id)) => write!(f, "bad descriptor id {id}"),
-            Action::Garbage => write!(f, "garbage"),
+            Action::Garbage(None) => write!(f, "garbage"),
+            Action::Garbage(Some(from)) => write!(f, "garbage from {from}"),
         }
     }
 }
@@ -103,7 +104,10 @@ impl FromStr for Action {
             ["token", "twice"] => Ok(Action::Twice),
             ["bad", "descriptor", "id"] => Ok(Action::BadId(None)),
             ["bad", "descriptor", "id", id] => number32(id).map(|id| Action::BadId(Some(id))),
-            ["garbage"] => Ok(Action::Garbage),
+            ["garbage"] => Ok(Action::Garbage(None)),
+            ["garbage", "from", from] => {
+                number32(from).map(|from| Action::Garbage(Some(from as usize)))
+            }
             _ => Err(format!("`{text}` is no fault")),
         }
     }
@@ -290,7 +294,7 @@ impl Faults {
             5 => Action::WrongFence,
             6 => Action::Twice,
             7 => Action::BadId(None),
-            _ => Action::Garbage,
+            _ => Action::Garbage(None),
         }
     }
 }
@@ -313,7 +317,8 @@ mod tests {
             ("token twice", Action::Twice),
             ("bad descriptor id", Action::BadId(None)),
             ("bad descriptor id 70000", Action::BadId(Some(70000))),
-            ("garbage", Action::Garbage),
+            ("garbage", Action::Garbage(None)),
+            ("garbage from 32", Action::Garbage(Some(32))),
         ] {
             let rule: Rule = format!("the 3rd TRANSFER_TO_HOST_2D: {text}")
                 .parse()
@@ -348,7 +353,7 @@ mod tests {
         );
         assert_eq!(faults.strike(0x10a, false), None);
         assert_eq!(faults.strike(0x10a, true), Some(Action::NoAnswer));
-        assert_eq!(faults.strike(0x10a, true), Some(Action::Garbage));
+        assert_eq!(faults.strike(0x10a, true), Some(Action::Garbage(None)));
         faults.clear();
         assert_eq!(faults.strike(0x10a, true), None);
     }
