@@ -427,7 +427,7 @@ impl Head {
 
         copy.extend_from_slice(new, GFP_KERNEL)?;
         *old = Some(copy);
-        drop(old);
+        // With the lock held: the copy must not become another one than the connector's.
         connector.update_edid((!new.is_empty()).then_some(new))?;
         Ok(true)
     }
