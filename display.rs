@@ -124,8 +124,9 @@ pub(crate) fn refresh(drm: &Device, who: Who) -> Result<bool> {
         .call(&command::get_display_info(), DISPLAY_INFO_LEN, who)
         .and_then(|answer| Displays::parse(answer.as_slice()))
         .inspect_err(|e| {
-            // A device that is gone has nothing to say, and that is known.
-            if *e != ENODEV {
+            // A device that is gone has nothing to say, and that is known. Whoever has reset it in
+            // the meantime asks again.
+            if ![ENODEV, ECANCELED].contains(e) {
                 dev_err!(drm.as_ref(), "*ERROR* no display info: {:?}\n", e);
             }
         })?;
@@ -172,8 +173,8 @@ pub(crate) fn refresh(drm: &Device, who: Who) -> Result<bool> {
 
             match Head::refresh(connector, question.and_then(|it| it.wait(queue, who))) {
                 Ok(new) => changed |= new,
-                // Once is enough to wait in vain.
-                Err(e) if e == ETIMEDOUT => mute = true,
+                // Once is enough to wait in vain, and a reset, or the end, answers all of them.
+                Err(e) if [ETIMEDOUT, ECANCELED, ENODEV].contains(&e) => mute = true,
                 Err(e) => Head::warn(connector, e),
             }
         });
@@ -403,11 +404,12 @@ impl Head {
     /// Takes over the EDID that the host has answered with. Returns whether it is another one than
     /// before.
     ///
-    /// A host that refuses is taken to have none, one that does not answer has said nothing.
+    /// A host that refuses is taken to have none, one that does not answer, or was reset before it
+    /// could, has said nothing.
     fn refresh(connector: &Connector<Self>, answer: Result<Answer>) -> Result<bool> {
         let answer = match answer {
             Ok(answer) => Some(answer),
-            Err(e) if [ETIMEDOUT, ENODEV, ENOMEM].contains(&e) => return Err(e),
+            Err(e) if [ETIMEDOUT, ECANCELED, ENODEV, ENOMEM].contains(&e) => return Err(e),
             Err(e) => {
                 Self::warn(connector, e);
                 None
