@@ -132,7 +132,7 @@ impl WorkItem<0> for Gpu {
         drop(dev);
 
         // User space may know more than we found out.
-        if drm.has_display() && display::refresh(&drm, Who::Kernel) != Err(ENODEV) {
+        if drm.has_display() && pm::refresh(&drm) != Err(ENODEV) {
             drm.hotplug_event();
         }
     }

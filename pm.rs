@@ -325,6 +325,19 @@ pub(crate) fn mend(drm: &Device) {
     }
 }
 
+/// Asks the host for its displays, as [`display::refresh`] does, while nobody else does: of two
+/// answers the later one has to win.
+///
+/// Does nothing while the device is away. Who brings it back asks, too.
+pub(crate) fn refresh(drm: &Device) -> Result<bool> {
+    let state = drm.pm.lock();
+
+    if state.stage != Stage::Awake {
+        return Ok(false);
+    }
+    display::refresh(drm, Who::Kernel)
+}
+
 fn mend_locked(drm: &Device, state: &mut State) {
     if !drm.queue.needs_reset() {
         return;
