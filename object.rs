@@ -289,7 +289,8 @@ impl Resources {
             if shown.resource == 0 || !self.make_again(shown.resource, tally)? {
                 continue;
             }
-            queue
+
+            let sent = queue
                 .submit(
                     &command::set_scanout(scanout, shown.resource, shown.rect),
                     None,
@@ -304,7 +305,13 @@ impl Resources {
                         Who::Pm,
                     )
                 })
-                .map_err(|rejected| rejected.error)?;
+                .map_err(|rejected| rejected.error);
+
+            match sent {
+                // As in `make_again()`.
+                Err(e) if e == ENOMEM => tally.fail(),
+                result => result?,
+            }
         }
         queue.kick(CTRL);
 
