@@ -384,7 +384,8 @@ fn wedge(drm: &Device, state: &mut State, error: Error) {
     if state.display.take().is_some() {
         let _ = drm.resume();
     }
-    if error == ENODEV && drm.queue.is_gone() {
+    // Whatever it was then that went wrong.
+    if drm.queue.is_gone() {
         return;
     }
     dev_err!(
