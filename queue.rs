@@ -609,7 +609,7 @@ impl Queue {
         Ok(())
     }
 
-    /// Waits for work items after a reset.
+    /// Waits for work items after a reset, and wakes who waits for the queues to become idle.
     fn settle(&self) {
         let engine = self.0.handler();
 
@@ -617,6 +617,8 @@ impl Queue {
         engine.dequeue_cursor.flush();
         engine.reclaim.flush();
         Engine::drop_list(&engine.released);
+        // Nothing came back from the queues, but they are empty.
+        engine.moved.notify_all();
     }
 
     /// Lets everybody in.
