@@ -184,7 +184,7 @@ pub(crate) fn refresh(drm: &Device, who: Who) -> Result<bool> {
 
 /// Shows a resource on a scanout, or nothing (resource 0).
 ///
-/// A commit cannot fail any more when this is called; what does not reach the host is in the log.
+/// A commit cannot fail any more when this is called; the caller gives the error to [`report`].
 fn set_scanout(drm: &Device, scanout: u32, resource: u32, rect: Rect) -> Result {
     // First: what the host does not hear of because it is reset, recovery tells it.
     if let Some(shown) = drm.screens.lock().get_mut(scanout as usize) {

@@ -11,7 +11,7 @@
 //!
 //! Whoever has to wait, for room in the ring, for the gate or for an answer, waits for
 //! [`TIMEOUT_MS`] at the most, is woken when the gate moves, and holds nothing that completion
-//! needs.
+//! needs. Whoever waits for the host to be done with everything gives it as long after each answer.
 //!
 //! The engine knows neither GEM nor KMS. Memory that must outlive a command is handed to it as
 //! [`Held`] and dropped in a work item of its own, never in the one that completes commands.
@@ -85,9 +85,10 @@ pub(crate) enum Gate {
     Running,
     /// The device is about to be reset: only [`Who::Pm`] may, the others wait.
     Draining,
-    /// The device has been reset, or is being brought back: only [`Who::Pm`] may, the others wait.
+    /// The device sleeps, has been reset or has to be, or is being brought back: only [`Who::Pm`]
+    /// may, the others wait.
     Frozen,
-    /// The device did not come back or broke its queue: nobody may, until it is reset.
+    /// The device did not come back, or misbehaved too often: nobody may, until it is reset.
     Wedged,
     /// The device is gone for good.
     Gone,
@@ -100,7 +101,7 @@ pub(crate) enum Who {
     Ioctl,
     /// The kernel, on its own account or in a commit that cannot fail any more.
     Kernel,
-    /// Suspend and resume, which have closed the gate themselves.
+    /// Suspend, resume and recovery, for which the gate is closed.
     Pm,
 }
 
@@ -562,11 +563,11 @@ impl Queue {
         Ok(())
     }
 
-    /// Ends all traffic. The only order in which that is safe, for freeze, removal and a failed
-    /// probe alike: nobody gets in any more, what is in the ring is announced to the host and
-    /// waited for (`drain`), the device is reset, what it still held is completed with an error,
-    /// the queues are deleted, and no work is left that could look at them.
+    /// Ends all traffic. The only order in which that is safe, for freeze, shutdown, removal and a
+    /// failed probe alike: nobody gets in any more, the device is reset, the queues are deleted,
+    /// what it still held is completed with an error, and no work is left that could look at it.
     ///
+    /// With `drain`, what is in the ring is announced to the host and waited for before the reset.
     /// `last` is what the gate says afterwards.
     pub(crate) fn stop(&self, drain: bool, last: Gate) {
         let engine = self.0.handler();
