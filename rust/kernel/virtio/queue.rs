@@ -152,13 +152,6 @@ pub struct AddError<T> {
     pub token: T,
 }
 
-impl<T> AddError<T> {
-    /// Returns whether the request may fit in later, when other buffers have come back.
-    pub fn is_full(&self) -> bool {
-        self.error == ENOSPC
-    }
-}
-
 /// What belongs to a buffer that the device has.
 #[derive(Default)]
 struct Slot {
@@ -516,8 +509,8 @@ impl<T, S: Unpin> Guard<'_, T, S> {
     /// [`Response::None`]. The device learns of the buffer when it is notified, see
     /// [`Guard::kick_prepare`]. No memory is allocated, unless the ring uses indirect descriptors.
     ///
-    /// Errors, upon which everything is as before: [`ENOSPC`] if the ring is full for now, see
-    /// [`AddError::is_full`], [`E2BIG`] if it is too small, [`ENODEV`] if the queue is not
+    /// Errors, upon which everything is as before: [`ENOSPC`] if the ring is full until other
+    /// buffers come back, [`E2BIG`] if it is too small, [`ENODEV`] if the queue is not
     /// connected, [`EIO`] if it is broken, [`EINVAL`] if `request` is empty or longer than
     /// [`REQUEST_MAX`], or an inline response is empty or longer than [`RESPONSE_INLINE`], and
     /// [`ENOMEM`].
