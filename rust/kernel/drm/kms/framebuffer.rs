@@ -7,10 +7,7 @@
 use super::Driver;
 use crate::{
     bindings,
-    drm::{
-        self,
-        gem::IntoGEMObject, //
-    },
+    drm::gem::IntoGEMObject,
     types::Opaque, //
 };
 use core::marker::PhantomData;
@@ -49,16 +46,6 @@ impl<D: Driver> Framebuffer<D> {
 
     fn raw(&self) -> *mut bindings::drm_framebuffer {
         self.0.get()
-    }
-
-    /// Returns the device that the framebuffer belongs to.
-    ///
-    /// Only a device that was registered can have framebuffers.
-    pub fn dev(&self) -> &drm::Device<D, drm::Ioctl> {
-        // SAFETY: By the type invariants, the device is one of driver `D`. It is kept alive by the
-        // GEM objects of the framebuffer. Framebuffers are created by ioctls and in-kernel clients
-        // only, and both exist only once the device was registered.
-        unsafe { drm::Device::from_raw((*self.raw()).dev) }
     }
 
     /// Width, in pixels.
