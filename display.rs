@@ -353,8 +353,8 @@ impl Primary {
     }
 }
 
-/// The CRTC of a scanout. The host knows of no modes, only of what the plane shows: every commit that
-/// sets a mode, or switches the CRTC on or off, carries out the plane's state, too.
+/// The CRTC of a scanout. The host knows of no modes, only of what the plane shows: every commit
+/// that sets a mode, or switches the CRTC on or off, carries out the plane's state, too.
 pub(crate) struct Scanout;
 
 impl DriverCrtc for Scanout {
