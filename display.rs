@@ -118,10 +118,10 @@ pub(crate) fn init(drm: &drm::UnregisteredDevice<DrmDriver>) -> Result {
 /// Asks the host for its displays and their EDIDs. What it does not say is in the log.
 ///
 /// Returns whether anything has changed. Sleeps.
-pub(crate) fn refresh(drm: &Device, who: Who) -> Result<bool> {
+pub(crate) fn refresh(drm: &Device) -> Result<bool> {
     let queue = &drm.queue;
     let new = queue
-        .call(&command::get_display_info(), DISPLAY_INFO_LEN, who)
+        .call(&command::get_display_info(), DISPLAY_INFO_LEN, Who::Kernel)
         .and_then(|answer| Displays::parse(answer.as_slice()))
         .inspect_err(|e| {
             // A device that is gone has nothing to say, and that is known. Whoever has reset it in
@@ -156,7 +156,7 @@ pub(crate) fn refresh(drm: &Device, who: Who) -> Result<bool> {
         let mut questions = [const { None }; uapi::MAX_SCANOUTS];
 
         for (scanout, question) in (0..drm.features.num_scanouts).zip(&mut questions) {
-            *question = Some(queue.ask(&command::get_edid(scanout), EDID_LEN, who));
+            *question = Some(queue.ask(&command::get_edid(scanout), EDID_LEN, Who::Kernel));
         }
         queue.kick(CTRL);
 
@@ -171,7 +171,10 @@ pub(crate) fn refresh(drm: &Device, who: Who) -> Result<bool> {
                 return;
             };
 
-            match Head::refresh(connector, question.and_then(|it| it.wait(queue, who))) {
+            match Head::refresh(
+                connector,
+                question.and_then(|it| it.wait(queue, Who::Kernel)),
+            ) {
                 Ok(new) => changed |= new,
                 // Once is enough to wait in vain, and a reset, or the end, answers all of them.
                 Err(e) if [ETIMEDOUT, ECANCELED, ENODEV].contains(&e) => mute = true,

@@ -205,7 +205,7 @@ fn start(dev: &virtio::Device<Bound>, drm: &Device) -> Result {
         }
     }
     if drm.has_display() {
-        display::refresh(drm, Who::Kernel)?;
+        display::refresh(drm)?;
     }
     Ok(())
 }

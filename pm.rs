@@ -335,7 +335,7 @@ pub(crate) fn refresh(drm: &Device) -> Result<bool> {
     if state.stage != Stage::Awake {
         return Ok(false);
     }
-    display::refresh(drm, Who::Kernel)
+    display::refresh(drm)
 }
 
 fn mend_locked(drm: &Device, state: &mut State) {
@@ -474,7 +474,7 @@ fn revive(drm: &Device, state: &mut State, reset: bool) -> Result {
     queue.open();
     state.stage = Stage::Awake;
     if drm.has_display() {
-        let changed = display::refresh(drm, Who::Kernel).unwrap_or(false);
+        let changed = display::refresh(drm).unwrap_or(false);
 
         if state.display.take().is_some() {
             // The device works; user space can still turn on what was not.
