@@ -64,7 +64,10 @@ use crate::{
         Who,
         CTRL, //
     },
-    uapi, //
+    uapi::{
+        self,
+        config, //
+    }, //
 };
 
 const MIN_SIZE: u32 = 32;
@@ -183,6 +186,25 @@ pub(crate) fn refresh(drm: &Device) -> Result<bool> {
         });
     }
     Ok(changed)
+}
+
+/// Asks the host for its displays if it says that they have changed.
+///
+/// Returns whether user space is to be told: it may know more than we find out.
+pub(crate) fn config_changed(drm: &Device) -> bool {
+    let Some(dev) = drm.queue.device() else {
+        return false;
+    };
+
+    match dev.config_read_le32(config::EVENTS_READ) {
+        Ok(events) if events & config::EVENT_DISPLAY != 0 => {}
+        _ => return false,
+    }
+    // Cleared before the host is asked: a change that comes after that is a new event.
+    let _ = dev.config_write_le32(config::EVENTS_CLEAR, config::EVENT_DISPLAY);
+    drop(dev);
+
+    drm.has_display() && refresh(drm) != Err(ENODEV)
 }
 
 /// Shows a resource on a scanout, or nothing (resource 0).

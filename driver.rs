@@ -59,10 +59,7 @@ use crate::{
         Queue,
         Who, //
     },
-    uapi::{
-        self,
-        config, //
-    }, //
+    uapi, //
 };
 
 /// The DRM driver.
@@ -117,22 +114,7 @@ impl WorkItem<0> for Gpu {
     type Pointer = ARef<Device>;
 
     fn run(drm: Self::Pointer) {
-        pm::mend(&drm);
-
-        let Some(dev) = drm.queue.device() else {
-            return;
-        };
-
-        match dev.config_read_le32(config::EVENTS_READ) {
-            Ok(events) if events & config::EVENT_DISPLAY != 0 => {}
-            _ => return,
-        }
-        // Cleared before the host is asked: a change that comes after that is a new event.
-        let _ = dev.config_write_le32(config::EVENTS_CLEAR, config::EVENT_DISPLAY);
-        drop(dev);
-
-        // User space may know more than we found out.
-        if drm.has_display() && pm::refresh(&drm) != Err(ENODEV) {
+        if pm::config_changed(&drm) {
             drm.hotplug_event();
         }
     }
@@ -285,7 +267,7 @@ impl virtio::Driver for VirtioDriver {
 
     fn config_changed(_dev: &virtio::Device<Bound>, this: Pin<&Self::Data<'_>>) {
         // Already queued is as good.
-        let _ = workqueue::system_freezable().enqueue::<ARef<Device>, 0>(this.drm.clone());
+        let _ = workqueue::system_percpu().enqueue::<ARef<Device>, 0>(this.drm.clone());
     }
 
     fn freeze<'bound>(

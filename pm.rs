@@ -14,8 +14,9 @@
 //! says what for. Each of them does what is left to do.
 //!
 //! The transport calls [`reset_prepare`] and [`restore`] when somebody wants the device reset, and
-//! [`mend`] does it by itself for a device that asks for it, or breaks its queue. The display stays
-//! on then, and user space is awake: whoever wants something of the device waits at the gate.
+//! [`config_changed`] does it by itself for a device that asks for it, or breaks its queue. The
+//! display stays on then, and user space is awake: whoever wants something of the device waits at
+//! the gate.
 //!
 //! | what happened | what the host is asked to keep | what is done |
 //! |---|---|---|
@@ -199,7 +200,7 @@ fn quiesce(drm: &Device, state: &mut State) -> Result {
 
     // The display cannot be turned off on a device that does not work.
     if state.stage == Stage::Awake {
-        mend_locked(drm, state);
+        mend(drm, state);
     }
     if drm.has_display() && state.display.is_none() {
         let screens = *drm.screens.lock();
@@ -316,29 +317,22 @@ pub(crate) fn resume(drm: &Device, dev: &virtio::Device<device::Bound>) -> Resul
 }
 
 /// The configuration of the device has changed: if the device asks for a reset by that, or has
-/// broken its queue, resets it and brings everything back.
-pub(crate) fn mend(drm: &Device) {
+/// broken its queue, resets it and brings everything back; if its displays have changed, asks for
+/// them. Nobody else does at the same time: of two answers the later one has to win.
+///
+/// Does nothing while the device is away. Who brings it back looks at all of that, too.
+///
+/// Returns whether user space is to be told of other displays.
+pub(crate) fn config_changed(drm: &Device) -> bool {
     let mut state = drm.pm.lock();
 
     if state.stage == Stage::Awake {
-        mend_locked(drm, &mut state);
+        mend(drm, &mut state);
     }
+    state.stage == Stage::Awake && display::config_changed(drm)
 }
 
-/// Asks the host for its displays, as [`display::refresh`] does, while nobody else does: of two
-/// answers the later one has to win.
-///
-/// Does nothing while the device is away. Who brings it back asks, too.
-pub(crate) fn refresh(drm: &Device) -> Result<bool> {
-    let state = drm.pm.lock();
-
-    if state.stage != Stage::Awake {
-        return Ok(false);
-    }
-    display::refresh(drm)
-}
-
-fn mend_locked(drm: &Device, state: &mut State) {
+fn mend(drm: &Device, state: &mut State) {
     if !drm.queue.needs_reset() {
         return;
     }
