@@ -789,8 +789,8 @@ impl Device<device::Bound> {
     /// Has [`Driver::config_changed`] called, as the device does when it needs to be reset.
     ///
     /// For a part of a driver that has found out by itself. The call comes later where the virtio
-    /// core has disabled it. Any context, but neither [`Driver::config_changed`] nor with a lock held
-    /// that it takes.
+    /// core has disabled it. Any context, but neither [`Driver::config_changed`] nor with a lock
+    /// held that it takes.
     ///
     /// C counterpart: `virtio_config_changed()`.
     pub fn notify_config_changed(&self) {

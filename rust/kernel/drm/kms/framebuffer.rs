@@ -60,7 +60,8 @@ impl<D: Driver> Framebuffer<D> {
         unsafe { (*self.raw()).height }
     }
 
-    /// Memory plane `index`. There is one, unless the components of a pixel lie in different places.
+    /// Memory plane `index`. There is one, unless the components of a pixel lie in different
+    /// places.
     pub fn plane(&self, index: usize) -> Option<FramebufferPlane<'_, D>> {
         // SAFETY: By the type invariants; a framebuffer always has a format.
         let count = usize::from(unsafe { (*(*self.raw()).format).num_planes });
