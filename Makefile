@@ -50,7 +50,7 @@ clean-cache:
 #: CASES="name ..."         only the cases whose name contains one of these (test, soak)
 #: GOLDEN=write             write anew what the golden cases compare the driver's commands with (test)
 #: DRM_VIRTGPU_RS=y         the driver built in
-#: KERNEL_CONFIG=name|file  a configuration of scripts/configs, or a file
+#: KERNEL_CONFIG=name|file  a configuration of scripts/configs (guest, debug, nosleep), or a file
 #: KDIR=directory           the kernel tree to lay the driver over; it is not changed
 #: VIRTGPU_RS_CACHE=dir     where everything that is built lies (default: ~/.cache/virtgpu_rs)
 
