@@ -6,13 +6,10 @@ use std::collections::{
     BTreeMap,
     HashMap, //
 };
-use std::path::Path;
-use std::process::Command;
 
 use anyhow::{
     Context,
-    Result,
-    ensure, //
+    Result, //
 };
 
 use crate::counts::Counts;
@@ -37,24 +34,13 @@ pub struct Image {
 }
 
 impl Image {
-    /// Reads the symbols of `vmlinux`.
-    pub fn read(vmlinux: &Path) -> Result<Self> {
-        let output = Command::new("nm")
-            .arg("--print-size")
-            .arg(vmlinux)
-            .output()
-            .context("cannot run nm")?;
-        ensure!(
-            output.status.success(),
-            "nm {}: {}",
-            vmlinux.display(),
-            output.status
-        );
+    /// Reads `symbols`, as [`virtgpu_lab::kernel::symbols`] returns them.
+    pub fn read(symbols: &str) -> Result<Self> {
         let mut image = Self {
             by_address: BTreeMap::new(),
             by_name: HashMap::new(),
         };
-        for line in String::from_utf8(output.stdout)?.lines() {
+        for line in symbols.lines() {
             let words: Vec<_> = line.split_whitespace().collect();
             if let [start, size, "t" | "T" | "w" | "W", name] = words[..] {
                 let start = u64::from_str_radix(start, 16)?;

@@ -7,7 +7,6 @@ use std::io::{
     Write, //
 };
 use std::os::unix::net::UnixStream;
-use std::process::Command;
 
 use anyhow::{
     Context,
@@ -33,20 +32,9 @@ impl Debugger {
         let path = vm.debugger()?;
         let stub = UnixStream::connect(&path).with_context(|| path.display().to_string())?;
         stub.set_read_timeout(Some(LIMIT))?;
-        let vmlinux = kernel::vmlinux()?;
-        let output = Command::new("nm")
-            .arg(&vmlinux)
-            .output()
-            .context("cannot run nm")?;
-        ensure!(
-            output.status.success(),
-            "nm {}: {}",
-            vmlinux.display(),
-            output.status
-        );
         let mut debugger = Self {
             stub,
-            symbols: String::from_utf8(output.stdout)?,
+            symbols: kernel::symbols()?,
         };
         // Why it is halted is of no interest; the answer shows that it is.
         debugger.ask("?")?;

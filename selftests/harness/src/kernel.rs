@@ -77,9 +77,21 @@ pub fn results() -> Result<PathBuf> {
     Ok(path)
 }
 
-/// Returns the kernel's image with its symbols.
-pub fn vmlinux() -> Result<PathBuf> {
-    Ok(directory("VIRTGPU_BUILD")?.join("vmlinux"))
+/// Returns the kernel's symbols as `nm` prints them, with their sizes.
+pub fn symbols() -> Result<String> {
+    let vmlinux = directory("VIRTGPU_BUILD")?.join("vmlinux");
+    let output = Command::new("nm")
+        .arg("--print-size")
+        .arg(&vmlinux)
+        .output()
+        .context("cannot run nm")?;
+    ensure!(
+        output.status.success(),
+        "nm {}: {}",
+        vmlinux.display(),
+        output.status
+    );
+    Ok(String::from_utf8(output.stdout)?)
 }
 
 /// A built kernel and its modules.
