@@ -17,8 +17,8 @@ packages=(
 	build-essential flex bison bc libelf-dev libssl-dev libdw-dev cpio kmod pahole
 	rustc rust-src rustfmt rust-clippy cargo bindgen clang-19 lld-19 llvm-19 libclang-19-dev
 	# The guest and its host.
-	qemu-system-x86 qemu-system-gui qemu-system-modules-opengl virgl-server
-	busybox-static libdrm-tests e2fsprogs
+	qemu-system-x86 qemu-system-gui qemu-system-modules-opengl virgl-server libegl1
+	busybox-static libdrm-tests e2fsprogs kexec-tools
 	# The checks.
 	perl python3 python3-git python3-ply codespell shellcheck
 	# This set-up.
