@@ -37,6 +37,18 @@ use virtgpu_guest::{
     wire, //
 };
 
+/// Makes a system call again if something has interrupted it, as libdrm does.
+///
+/// DRM's locks are given up for a signal, and the freezer, which stops every task before the guest sleeps, is as good as one.
+pub fn restarted<T>(mut call: impl FnMut() -> io::Result<T>) -> io::Result<T> {
+    loop {
+        match call() {
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            result => return result,
+        }
+    }
+}
+
 /// An open primary node.
 pub struct Card(File);
 

@@ -35,7 +35,10 @@ use rustix::event::{
     poll, //
 };
 
-use crate::card::Card;
+use crate::card::{
+    Card,
+    restarted, //
+};
 
 /// How long the event of a page flip may take, on the guest's clock.
 const FLIP_LIMIT: Timespec = Timespec {
@@ -127,9 +130,8 @@ impl Client {
         for head in &client.heads {
             let framebuffer = Some(head.frames[0].framebuffer);
             let connectors = [head.connector];
-            client
-                .card
-                .set_crtc(head.crtc, framebuffer, (0, 0), &connectors, Some(head.mode))?;
+            let (card, crtc, mode) = (&client.card, head.crtc, Some(head.mode));
+            restarted(|| card.set_crtc(crtc, framebuffer, (0, 0), &connectors, mode))?;
         }
         Ok(client)
     }
@@ -149,8 +151,8 @@ impl Client {
         for head in &mut self.heads {
             head.frames.swap(0, 1);
             let framebuffer = head.frames[0].framebuffer;
-            self.card
-                .page_flip(head.crtc, framebuffer, PageFlipFlags::EVENT, None)?;
+            let (card, crtc) = (&self.card, head.crtc);
+            restarted(|| card.page_flip(crtc, framebuffer, PageFlipFlags::EVENT, None))?;
         }
         let mut pending: Vec<_> = self.heads.iter().map(|head| head.crtc).collect();
         let mut first = None;
@@ -162,7 +164,7 @@ impl Client {
                 Err(rustix::io::Errno::INTR) => continue,
                 Err(error) => return Err(error.into()),
             }
-            for event in self.card.receive_events()? {
+            for event in restarted(|| self.card.receive_events())? {
                 if let Event::PageFlip(event) = event {
                     pending.retain(|crtc| *crtc != event.crtc);
                     if event.crtc == self.heads[0].crtc {
@@ -189,7 +191,7 @@ impl Client {
         let frame = &mut self.heads[0].frames[0];
         frame.redraw(&self.card, seed)?;
         let clip = ClipRect::new(x, y, x + width, y + height);
-        self.card.dirty_framebuffer(frame.framebuffer, &[clip])?;
+        restarted(|| self.card.dirty_framebuffer(frame.framebuffer, &[clip]))?;
         Ok(())
     }
 

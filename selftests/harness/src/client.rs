@@ -11,6 +11,7 @@ use image::RgbImage;
 
 use crate::screen;
 use crate::vm::{
+    Output,
     Program,
     Vm, //
 };
@@ -62,13 +63,19 @@ impl Client {
 
     /// Expects test picture `seed` on every screen.
     pub fn expect(&self, vm: &mut Vm, seed: u8) -> Result<()> {
+        self.expect_all(vm, seed, &format!("picture {seed}"))
+    }
+
+    fn expect_all(&self, vm: &mut Vm, seed: u8, what: &str) -> Result<()> {
         for head in 0..self.sizes.len() {
-            screen::expect(
-                vm,
-                head as u32,
-                &format!("picture {seed}"),
-                &self.picture(head, seed),
-            )?;
+            screen::expect(vm, head as u32, what, &self.picture(head, seed)).map_err(|error| {
+                match vm.ended(self.program) {
+                    Some(Output { code, err, .. }) => {
+                        error.context(format!("the client has ended with {code}: {err}"))
+                    }
+                    None => error,
+                }
+            })?;
         }
         Ok(())
     }
@@ -114,15 +121,8 @@ impl Client {
 
     /// Expects that the screens go from one picture to the other and back.
     pub fn expect_flips(&self, vm: &mut Vm, seeds: [u8; 2]) -> Result<()> {
-        for head in 0..self.sizes.len() {
-            for seed in [seeds[0], seeds[1], seeds[0]] {
-                screen::expect(
-                    vm,
-                    head as u32,
-                    &format!("picture {seed}, flipping"),
-                    &self.picture(head, seed),
-                )?;
-            }
+        for seed in [seeds[0], seeds[1], seeds[0]] {
+            self.expect_all(vm, seed, &format!("picture {seed}, flipping"))?;
         }
         Ok(())
     }

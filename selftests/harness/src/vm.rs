@@ -288,6 +288,21 @@ pub struct Output {
     pub err: String,
 }
 
+impl Output {
+    /// Adds what `program` says in `note`. Returns its exit status if it has ended.
+    fn take_in(&mut self, program: Program, note: &Note) -> Option<i32> {
+        let (stream, text) = match note {
+            Note::Agent(Report::Out { id, text }) if program.is(*id) => (&mut self.out, text),
+            Note::Agent(Report::Err { id, text }) if program.is(*id) => (&mut self.err, text),
+            Note::Agent(Report::Ended { id, code }) if program.is(*id) => return Some(*code),
+            _ => return None,
+        };
+        stream.push_str(text);
+        stream.push('\n');
+        None
+    }
+}
+
 /// A guest that runs. It ends with this object.
 pub struct Vm {
     qemu: Child,
@@ -609,22 +624,19 @@ impl Vm {
             &format!("the end of program {}", program.0),
             Mark(0),
             LIMIT,
-            |note| match note {
-                Note::Agent(Report::Out { id, text }) if *id == program.0 => {
-                    output.out += text;
-                    output.out.push('\n');
-                    None
-                }
-                Note::Agent(Report::Err { id, text }) if *id == program.0 => {
-                    output.err += text;
-                    output.err.push('\n');
-                    None
-                }
-                Note::Agent(Report::Ended { id, code }) if *id == program.0 => Some(*code),
-                _ => None,
-            },
+            |note| output.take_in(program, note),
         )
         .map(|code| Output { code, ..output })
+    }
+
+    /// What the program has left, if it has ended.
+    pub fn ended(&mut self, program: Program) -> Option<Output> {
+        let mut output = Output::default();
+        let notes = self.since(Mark(0));
+        let code = notes
+            .iter()
+            .find_map(|note| output.take_in(program, note))?;
+        Some(Output { code, ..output })
     }
 
     /// Runs a shell command in the guest, to its end.
