@@ -96,6 +96,11 @@ make_buildroot()
 		} >"$log" 2>&1 </dev/null || explain "$log" "Installing mmdebstrap"
 	fi
 
+	# Without privileges a root's files are spread over ids of the user's own.
+	if [ "$(id -u)" -ne 0 ] && ! { command -v newuidmap && grep -q "^$(id -un):" /etc/subuid; } >/dev/null; then
+		die "Without root, this needs newuidmap and ids in /etc/subuid and /etc/subgid: have root run \"apt-get install uidmap\" and \"usermod --add-subuids 100000-165535 --add-subgids 100000-165535 $(id -un)\", or run this as root."
+	fi
+
 	remove_root "$partial"
 	mirror=$(machine_mirror)
 	apt_options=$cache/log/apt-options

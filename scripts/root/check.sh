@@ -72,19 +72,17 @@ rust_style()
 # Not checked: Signed-off-by is what a person says who mails the patch.
 checkpatch()
 {
-	local status=0 file
+	local status=0 checkpatch=("$tree/scripts/checkpatch.pl" --root="$tree" --strict --terse --show-types --quiet --codespell
+		--ignore MISSING_SIGN_OFF)
 
 	# Without git, which takes a patch that it tracks for a source file.
 	local -x GIT_DIR=none
 
-	for file in patches/*.patch; do
-		"$tree/scripts/checkpatch.pl" --root="$tree" --strict --terse --show-types --quiet --codespell \
-			--ignore MISSING_SIGN_OFF "$file" || status=1
-	done
-	while read -r file; do
-		"$tree/scripts/checkpatch.pl" --root="$tree" --strict --terse --show-types --quiet --codespell \
-			--file "$file" || status=1
-	done < <(ls ./*.rs Kconfig Makefile; find rust Documentation -type f ! -name "*.png")
+	printf '%s\0' patches/*.patch | xargs -0 -n 1 -P "$JOBS" "${checkpatch[@]}" || status=1
+	{
+		printf '%s\0' ./*.rs Kconfig Makefile
+		find rust Documentation -type f ! -name "*.png" -print0
+	} | xargs -0 -n 1 -P "$JOBS" "${checkpatch[@]}" --file || status=1
 	return "$status"
 }
 

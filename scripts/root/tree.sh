@@ -89,7 +89,7 @@ want_id()
 # differ from the pristine source; it is complete at any time, also after a kill.
 sync_tree()
 {
-	local overlay=$tree.overlay file source
+	local overlay=$tree.overlay directory file source
 
 	touch "$overlay"
 	(cd "$want" && find . -type f -printf '%P\n') | sort -u - "$want.removed" "$overlay" >"$overlay.new"
@@ -97,7 +97,13 @@ sync_tree()
 
 	if [ -n "${KDIR_NAME:-}" ]; then
 		mkdir -p "$tree"
-		sed 's,^,/,' "$overlay" >/tmp/exclude
+		{
+			sed 's,^,/,' "$overlay"
+			# Directories that only we have.
+			sed -n 's,/[^/]*$,,p' "$overlay" | sort -u | while read -r directory; do
+				[ -d "/kdir/$directory" ] || echo "/$directory/"
+			done
+		} >/tmp/exclude
 		rsync --recursive --links --perms --checksum --delete --exclude-from=/tmp/exclude \
 			--exclude=/.git --exclude='/.config*' --exclude=/include/config --exclude=/include/generated \
 			--exclude='/arch/*/include/generated' --exclude='*.o' --exclude='*.a' --exclude='*.ko' --exclude='.*.cmd' --exclude='.*.d' \
