@@ -44,6 +44,7 @@ pub fn trials() -> Vec<Trial> {
     ];
     let mut rows: Vec<(_, Machine, Suspend)> = vec![
         ("s3", machine(&["--freezing", "off"]), s3),
+        ("s2idle", machine(&["--freezing", "off"]), s2idle),
         ("aborted", machine(&[]), test_devices),
         (
             "s4",
@@ -66,6 +67,7 @@ pub fn trials() -> Vec<Trial> {
     // The C driver does not know of FREEZING.
     if Driver::from_env().is_ok_and(|driver| driver == Driver::Rust) {
         rows.push(("s3_kept", machine(&[]), s3));
+        rows.push(("s2idle_kept", machine(&[]), s2idle));
         rows.push(("s3_broken", machine(&["--conduct", "drop-all"]), s3));
     }
     for (name, machine, go_down_and_come_back) in rows {
@@ -166,6 +168,10 @@ fn suspend(
 
 fn s3(vm: &mut Vm) -> Result<()> {
     Sleep::S3.cycle(vm)
+}
+
+fn s2idle(vm: &mut Vm) -> Result<()> {
+    Sleep::Idle.cycle(vm)
 }
 
 /// Hibernation whose image is read back at once, by the kernel that wrote it.
