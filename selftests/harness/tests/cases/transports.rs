@@ -2,6 +2,8 @@
 
 //! Other ways to reach the device, and other machines around it.
 
+use std::fs;
+
 use anyhow::{
     Result,
     ensure, //
@@ -31,6 +33,7 @@ pub fn trials() -> Vec<Trial> {
         trial("transports::four_cpus", four_cpus),
         trial("transports::large_backing", large_backing),
         trial("transports::short_ring", short_ring),
+        trial("transports::iommu", iommu),
     ]
 }
 
@@ -105,6 +108,61 @@ fn short_ring(case: &mut Case) -> Result<()> {
     client.stop_flips(vm)?;
     client.draw(vm, 11)?;
     client.end(vm)
+}
+
+/// Between the device and the memory is an IOMMU: addresses that were not mapped for the device, as those that the processor uses,
+/// are no good, before and after sleep. The kernel's log tells of each that the device tries.
+fn iommu(case: &mut Case) -> Result<()> {
+    /// Number of the feature bit VIRTIO_F_ACCESS_PLATFORM.
+    const ACCESS_PLATFORM: usize = 33;
+    let vm = case.boot(&Machine {
+        machine: "q35,hpet=off",
+        devices: vec![
+            "intel-iommu".into(),
+            format!("virtio-gpu-pci,iommu_platform=on,id={GPU}"),
+        ],
+        append: "intel_iommu=on".into(),
+        arguments: ["-trace", "vtd_iotlb_page_update"].map(String::from).into(),
+        ..Machine::with_gpu("")
+    })?;
+    let features = vm.run("cat /sys/bus/virtio/devices/virtio0/features")?;
+    ensure!(
+        features.as_bytes().get(ACCESS_PLATFORM) == Some(&b'1'),
+        "the device does not leave its addresses to the platform: {features}"
+    );
+    let group = vm.run("cat /sys/bus/virtio/devices/virtio0/../iommu_group/type")?;
+    ensure!(
+        group.starts_with("DMA"),
+        "the group of the GPU is of type {group}"
+    );
+    // In this order: after S3 the power button does not wake this machine any more.
+    for sleep in [Sleep::Idle, Sleep::S3] {
+        survives(vm, |vm| sleep.cycle(vm))?;
+    }
+    let log = fs::read(vm.dir.join("qemu.log"))?;
+    let log = String::from_utf8_lossy(&log);
+    let looked_up = log.lines().filter_map(looked_up_page);
+    let (same, others): (Vec<_>, Vec<_>) = looked_up.partition(|(from, to)| from == to);
+    ensure!(
+        same.is_empty() && !others.is_empty(),
+        "the IOMMU gave other addresses to {} pages, and to {} their own",
+        others.len(),
+        same.len()
+    );
+    Ok(())
+}
+
+/// Returns the device's and the memory's page in a line of QEMU's log that tells of an address which the IOMMU looked up.
+fn looked_up_page(line: &str) -> Option<(u64, u64)> {
+    fn page(text: &str, name: &str) -> Option<u64> {
+        /// Of an entry in a table of pages.
+        const ADDRESS: u64 = 0x000f_ffff_ffff_f000;
+        let (_, rest) = text.split_once(name)?;
+        let digits = rest.trim_start_matches("0x").split(' ').next()?;
+        Some(u64::from_str_radix(digits, 16).ok()? & ADDRESS)
+    }
+    let arguments = line.strip_prefix("vtd_iotlb_page_update")?;
+    Some((page(arguments, " iova ")?, page(arguments, " slpte ")?))
 }
 
 fn backings(vm: &mut Vm, size: (u32, u32)) -> Result<()> {
