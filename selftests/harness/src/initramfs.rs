@@ -63,7 +63,7 @@ struct File {
     content: Vec<u8>,
 }
 
-/// Makes the initramfs, with `programs` in its `/bin`, unless the same one is there, and returns its path.
+/// Makes the initramfs, with `programs` and what they need, unless the same one is there, and returns its path.
 pub fn make(kernel: &Kernel, programs: &[PathBuf]) -> Result<PathBuf> {
     // Cases of one process ask at once.
     static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
@@ -82,14 +82,14 @@ pub fn make(kernel: &Kernel, programs: &[PathBuf]) -> Result<PathBuf> {
     };
     copy(Path::new("/usr/bin/busybox"), "bin/busybox".into())?;
     copy(&guest_program()?, "bin/virtgpu-guest".into())?;
-    copy(Path::new("/usr/bin/modetest"), "bin/modetest".into())?;
-    for library in libraries(Path::new("/usr/bin/modetest"))? {
-        let to = library.to_string_lossy().trim_start_matches('/').to_owned();
-        copy(&library, to)?;
-    }
-    for program in programs {
+    let modetest = PathBuf::from("/usr/bin/modetest");
+    for program in programs.iter().chain([&modetest]) {
         let name = program.file_name().expect("a file").to_string_lossy();
         copy(program, format!("bin/{name}"))?;
+        for library in libraries(program)? {
+            let to = library.to_string_lossy().trim_start_matches('/').to_owned();
+            copy(&library, to)?;
+        }
     }
     let mut order = String::new();
     for module in &kernel.modules {
@@ -170,15 +170,16 @@ fn guest_program() -> Result<PathBuf> {
     Ok(built.insert(program).clone())
 }
 
-/// Returns the libraries that a program needs, the dynamic linker included.
+/// Returns the libraries that a program needs, the dynamic linker included: none, if it is linked statically, or no program.
 fn libraries(program: &Path) -> Result<Vec<PathBuf>> {
     let output = Command::new("ldd")
         .arg(program)
         .output()
         .context("cannot run ldd")?;
+    let said = String::from_utf8_lossy(&output.stderr);
     ensure!(
-        output.status.success(),
-        "ldd {}: {}",
+        output.status.success() || said.contains("not a dynamic executable"),
+        "ldd {}: {}: {said}",
         program.display(),
         output.status
     );

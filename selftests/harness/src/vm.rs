@@ -111,7 +111,7 @@ pub struct Machine {
     pub debugger: bool,
     /// Whether there is a disk to swap and hibernate to, of this many MiB.
     pub swap: Option<u32>,
-    /// More programs for the guest's `/bin`.
+    /// More programs, which come with their libraries, and other files for the guest's `/bin`.
     pub programs: Vec<PathBuf>,
     /// More arguments for QEMU.
     pub arguments: Vec<String>,
@@ -637,6 +637,14 @@ impl Vm {
             .iter()
             .find_map(|note| output.take_in(program, note))?;
         Some(Output { code, ..output })
+    }
+
+    /// Waits until another kernel has come up in the place of the one that ran at `mark`, and loads the driver.
+    pub fn wait_next_kernel(&mut self, mark: Mark) -> Result<()> {
+        self.wait("the agent of the next kernel", mark, BOOT_LIMIT, |note| {
+            matches!(note, Note::Agent(Report::Ready)).then_some(())
+        })?;
+        self.run("load-driver").map(drop)
     }
 
     /// Runs a shell command in the guest, to its end.

@@ -3,6 +3,7 @@
 //! The driver, or the device, goes away and comes back.
 
 use std::fs;
+use std::path::Path;
 
 use anyhow::{
     Context,
@@ -17,6 +18,7 @@ use virtgpu_lab::case::{
 };
 use virtgpu_lab::client::Client;
 use virtgpu_lab::console::Console;
+use virtgpu_lab::initramfs;
 use virtgpu_lab::kernel::Kernel;
 use virtgpu_lab::suspend::Sleep;
 use virtgpu_lab::vm::{
@@ -44,6 +46,7 @@ pub fn trials() -> Vec<Trial> {
         trial("unplug::device_asleep", device_asleep),
         trial("unplug::unanswered", unanswered),
         trial("unplug::shutdown_is_quiet", shutdown_is_quiet),
+        trial("unplug::kexec", kexec),
     ]
 }
 
@@ -140,7 +143,8 @@ fn unbind(case: &mut Case) -> Result<()> {
     console.write(vm, 3, "It is back again.")
 }
 
-/// A module that somebody uses stays, whether it has a device or not, and goes with its last user.
+/// A module that somebody uses stays, whether it has a device or not, and goes with its last user. What keeps it is the owner of the
+/// file operations.
 fn unload_in_use(case: &mut Case) -> Result<()> {
     let module = case.kernel.driver.module();
     let vm = case.boot(&Machine::with_gpu("virtio-gpu-pci"))?;
@@ -296,7 +300,8 @@ fn device_status(vm: &Vm) -> Result<String> {
     Ok(last.context("the status was never written")?.to_owned())
 }
 
-/// A kernel that ends leaves a device that has been reset: whatever comes after it, another kernel for one, finds it quiet.
+/// A kernel that ends leaves a device that has been reset: whatever comes after it finds it quiet. Not that it was cut off from
+/// memory: the driver resets it.
 fn shutdown_is_quiet(case: &mut Case) -> Result<()> {
     const IN_USE: &str = "15";
     const RESET: &str = "0";
@@ -318,4 +323,66 @@ fn shutdown_is_quiet(case: &mut Case) -> Result<()> {
     );
     case.switch_off();
     Ok(())
+}
+
+/// A kernel starts another one, while a client flips. The device has been reset by then, and does nothing until that one finds it, and
+/// shows its pictures.
+fn kexec(case: &mut Case) -> Result<()> {
+    const RESET: &str = "val 0";
+    const FOUND: &str = "val 1";
+    const STATUS: &str = "virtio_set_status";
+    const NOTIFICATIONS: [&str; 2] = ["virtio_queue_notify", "virtio_notify"];
+    const COMMANDS: &str = "virtio_gpu_cmd";
+    let initramfs = initramfs::make(&case.kernel, &[])?;
+    let image = case.kernel.image.clone();
+    let mut arguments = Vec::new();
+    for event in NOTIFICATIONS.into_iter().chain([STATUS]) {
+        arguments.extend(["-trace".into(), event.into()]);
+    }
+    let load = format!(
+        "kexec --kexec-file-syscall --load /bin/{} --initrd=/bin/{} --reuse-cmdline",
+        file_name(&image)?,
+        file_name(&initramfs)?
+    );
+    let vm = case.boot(&Machine {
+        programs: vec!["/usr/sbin/kexec".into(), image, initramfs],
+        arguments,
+        ..Machine::with_gpu("virtio-gpu-pci")
+    })?;
+    vm.run(&load)?;
+    let client = Client::start(vm, 0, &[SIZE])?;
+    let seeds = client.start_flips(vm)?;
+    client.expect_flips(vm, seeds)?;
+    let before = fs::read(vm.dir.join("qemu.log"))?.len();
+    let mark = vm.mark();
+    vm.start_program(&["kexec", "--exec"])?;
+    vm.wait_next_kernel(mark)?;
+    show_something(vm, 10, SIZE)?;
+
+    let log = fs::read(vm.dir.join("qemu.log"))?;
+    let log = String::from_utf8_lossy(&log[before..]).into_owned();
+    let is_status = |line: &&str| line.starts_with(STATUS);
+    let mut lines = log.lines().skip_while(|line| !is_status(line));
+    let first = lines.next().context("the status was not written")?;
+    ensure!(
+        first.ends_with(RESET),
+        "the device was not reset before it was cut off: {first}"
+    );
+    let until_found = lines.take_while(|line| !(is_status(line) && line.ends_with(FOUND)));
+    let mut busy = until_found.filter(|line| {
+        let mut events = NOTIFICATIONS.into_iter().chain([COMMANDS]);
+        events.any(|event| line.starts_with(event))
+    });
+    let first = busy.next();
+    ensure!(
+        first.is_none(),
+        "the device is busy between the kernels: {first:?}"
+    );
+    Sleep::S3.cycle(vm)?;
+    show_something(vm, 20, SIZE)
+}
+
+fn file_name(path: &Path) -> Result<String> {
+    let name = path.file_name().context("it is no file")?;
+    Ok(name.to_string_lossy().into_owned())
 }
