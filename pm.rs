@@ -444,6 +444,7 @@ fn revive(drm: &Device, state: &mut State, reset: bool) -> Result {
     if plan == Plan::Keep {
         dev_info!(drm.as_ref(), "{}, the device was not reset\n", done);
     } else if kept {
+        queue.trust();
         dev_info!(drm.as_ref(), "{}, the host kept its resources\n", done);
     } else {
         let screens = state.display.unwrap_or_else(|| *drm.screens.lock());

@@ -299,7 +299,16 @@ pub(crate) struct Engine {
     #[pin]
     limbo: SpinLock<Option<KBox<Held>>>,
     refusals: Atomic<u32>,
+    /// What the host says of its resources.
+    word: Atomic<u32>,
 }
+
+/// Nothing that anybody relies on.
+const NO_WORD: u32 = 0;
+/// It has kept them over a reset.
+const KEPT: u32 = 1;
+/// The same, but it does not know one of them.
+const BROKEN: u32 = 2;
 
 impl_has_work! {
     impl HasWork<Virtqueues<Self, NUM_QUEUES>, 0> for Engine { self.dequeue_ctrl }
@@ -320,6 +329,7 @@ impl Engine {
             released <- new_spinlock!(None),
             limbo <- new_spinlock!(None),
             refusals: Atomic::new(0),
+            word: Atomic::new(NO_WORD),
         })
     }
 
@@ -338,6 +348,16 @@ impl Engine {
                 count
             );
         }
+        if ty == uapi::resp::ERR_INVALID_RESOURCE_ID
+            && self.word.cmpxchg(KEPT, BROKEN, Relaxed).is_ok()
+        {
+            dev_warn!(self.dev, "the host did not keep all of its resources\n");
+        }
+    }
+
+    /// Whether only a reset can bring back what the host says it has.
+    fn is_word_broken(&self) -> bool {
+        self.word.load(Relaxed) == BROKEN
     }
 
     fn push(list: &SpinLock<Option<KBox<Held>>>, mut held: KBox<Held>) {
@@ -477,7 +497,7 @@ fn dequeue(queues: &Arc<Virtqueues<Engine, NUM_QUEUES>>, index: usize) {
 
     drop(guard);
 
-    if broken {
+    if broken || engine.is_word_broken() {
         Queue(queues.clone()).report_broken();
     } else if owing {
         Queue(queues.clone()).retry();
@@ -618,6 +638,7 @@ impl Queue {
         engine.dequeue_cursor.flush();
         engine.reclaim.flush();
         Engine::drop_list(&engine.released);
+        engine.word.store(NO_WORD, Relaxed);
         // Nothing came back from the queues, but they are empty.
         engine.moved.notify_all();
     }
@@ -628,9 +649,17 @@ impl Queue {
         self.retry();
     }
 
+    /// Takes the host's word that it has kept its resources over a reset: if it refuses one as
+    /// unknown, [`Queue::needs_reset`] is true, once.
+    pub(crate) fn trust(&self) {
+        self.0.handler().word.store(KEPT, Relaxed);
+    }
+
     /// Whether the device has asked to be reset, or does not work before it is.
     pub(crate) fn needs_reset(&self) -> bool {
-        self.is_broken() || self.device().is_some_and(|dev| dev.needs_reset())
+        self.is_broken()
+            || self.0.handler().is_word_broken()
+            || self.device().is_some_and(|dev| dev.needs_reset())
     }
 
     /// Whether the device has been taken away.
@@ -642,8 +671,8 @@ impl Queue {
         (0..NUM_QUEUES).any(|index| self.0.lock(index).is_broken())
     }
 
-    /// Tells the driver that the device has broken a queue, in the way that a device does it which
-    /// asks for a reset by itself.
+    /// Tells the driver that the device has to be reset, in the way that a device does it which asks
+    /// for that by itself.
     fn report_broken(&self) {
         for index in 0..NUM_QUEUES {
             self.0.lock(index).state().shut();

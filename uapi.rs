@@ -90,6 +90,7 @@ pub(crate) mod resp {
     pub(crate) const OK_EDID: u32 = 0x1104;
     pub(crate) const ERR_UNSPEC: u32 = 0x1200;
     pub(crate) const ERR_OUT_OF_MEMORY: u32 = 0x1201;
+    pub(crate) const ERR_INVALID_RESOURCE_ID: u32 = 0x1203;
     pub(crate) const ERR_INVALID_PARAMETER: u32 = 0x1205;
 }
 

@@ -28,7 +28,6 @@ use anyhow::{
     ensure, //
 };
 use libtest_mimic::Trial;
-use virtgpu_guest::wire::Report;
 use virtgpu_lab::case::{
     Case,
     trial, //
@@ -49,9 +48,8 @@ use virtgpu_lab::kernel::{
 use virtgpu_lab::screen;
 use virtgpu_lab::suspend::Sleep;
 use virtgpu_lab::vm::{
-    LIMIT,
     Machine,
-    Note,
+    Mark,
     Vm, //
 };
 
@@ -124,6 +122,8 @@ pub fn trials() -> Vec<Trial> {
         trial("freezing::crashed", crashed),
         trial("freezing::display_changes", display_changes),
         trial("freezing::screen_first", screen_first),
+        trial("freezing::forgotten::shown", forgotten_shown),
+        trial("freezing::forgotten::held", forgotten_held),
         trial("freezing::lost", lost),
         trial("freezing::objects", objects),
     ]);
@@ -488,10 +488,7 @@ fn crashed(case: &mut Case) -> Result<()> {
     vm.monitor("set-action", serde_json::json!({ "reboot": "reset" }))?;
     let mark = vm.mark();
     vm.monitor("system_reset", serde_json::json!({}))?;
-    vm.wait("the agent of the next kernel", mark, LIMIT, |note| {
-        matches!(note, Note::Agent(Report::Ready)).then_some(())
-    })?;
-    vm.run("load-driver")?;
+    vm.wait_next_kernel(mark)?;
     let client = Client::start(vm, 3, &[SIZE])?;
     client.draw(vm, 4)?;
     client.end(vm)?;
@@ -597,6 +594,78 @@ fn screen_first(case: &mut Case) -> Result<()> {
     let kicks = others[5].kick - screen[0].kick;
     ensure!(kicks <= 1, "the host was told {kicks} times in between");
     client.draw(vm, 3)?;
+    client.end(vm)
+}
+
+/// Puts a guest to sleep whose host forgets one resource, which is not the one by which the driver finds out.
+fn forget(vm: &mut Vm, sleep: Sleep, resource: u64) -> Result<()> {
+    host_of(vm).control(&format!("freezing drop-one:{resource}"))?;
+    let mark = vm.mark();
+    sleep.cycle(vm)?;
+    vm.wait_console("resumed, the host kept its resources", mark)?;
+    host_of(vm).control("freezing honest").map(drop)
+}
+
+/// Waits until the driver has found that a resource is missing, and has brought back all of them.
+fn expect_recovered(vm: &mut Vm, mark: Mark, count: usize) -> Result<()> {
+    vm.wait_console("the host did not keep all of its resources", mark)?;
+    vm.wait_console(&format!(" {count} resources recovered"), mark)
+}
+
+/// The host forgets what is on the screen: it is missing at once, and comes back.
+fn forgotten_shown(case: &mut Case) -> Result<()> {
+    case.expect_in_log("*ERROR* response 0x1203");
+    for command in ["TRANSFER_TO_HOST_2D", "SET_SCANOUT", "RESOURCE_FLUSH"] {
+        case.expect_refused(command);
+    }
+    let vm = case.boot(&Machine::on_reference_host(&[]))?;
+    let client = Client::start(vm, 0, &[SIZE])?;
+    for (seed, sleep) in (1..).zip([Sleep::S3, Sleep::Idle]) {
+        client.draw(vm, seed)?;
+        let state = host_of(vm).control("state")?;
+        let shown = state["scanouts"][0]["resource"].as_u64();
+        let count = resources(host_of(vm))?.len();
+        let mark = vm.mark();
+        forget(vm, sleep, shown.context("nothing is shown")?)?;
+        expect_recovered(vm, mark, count)?;
+        client.expect(vm, seed)?;
+        // The next time, it keeps everything.
+        let mark = vm.mark();
+        sleep.cycle(vm)?;
+        vm.wait_console("resumed, the host kept its resources", mark)?;
+        client.expect(vm, seed)?;
+    }
+    client.end(vm)
+}
+
+/// The host forgets what is not on the screen: nothing is missing until it is used, or given up.
+fn forgotten_held(case: &mut Case) -> Result<()> {
+    case.expect_in_log("*ERROR* response 0x1203");
+    case.expect_refused("RESOURCE_UNREF");
+    let vm = case.boot(&Machine::on_reference_host(&[]))?;
+    let client = Client::start(vm, 0, &[SIZE])?;
+    for (seed, sleep) in (1..).zip([Sleep::S3, Sleep::Idle]) {
+        let before = resources(host_of(vm))?;
+        let mark = vm.mark();
+        let holder = vm.start_program(&["virtgpu-guest", "hold", "1"])?;
+        vm.wait_line(holder, "holding", mark)?;
+        let with_it = resources(host_of(vm))?;
+        let held = with_it.difference(&before).next();
+        let mark = vm.mark();
+        forget(vm, sleep, *held.context("there is no other buffer")?)?;
+        client.expect(vm, seed - 1)?;
+        vm.say(holder, "release")?;
+        vm.wait_line(holder, "released", mark)?;
+        expect_recovered(vm, mark, before.len())?;
+        vm.hang_up(holder)?;
+        vm.wait_end(holder)?;
+        let after = resources(host_of(vm))?;
+        ensure!(
+            after == before,
+            "the host has {after:?}, and had {before:?}"
+        );
+        client.draw(vm, seed)?;
+    }
     client.end(vm)
 }
 
