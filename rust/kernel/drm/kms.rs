@@ -372,7 +372,7 @@ impl<'a, D: Driver> Setup<'a, D> {
     ///
     /// `EINVAL` if there is no CRTC, `ENOMEM`.
     ///
-    /// C counterparts: `drm_vblank_init()`, `drm_mode_config_reset()`.
+    /// C counterparts: `drm_vblank_init()`, `drm_mode_config_create_initial_state()`.
     pub fn finish(self) -> Result {
         if self.crtcs.get() == 0 {
             return Err(EINVAL);
@@ -386,7 +386,7 @@ impl<'a, D: Driver> Setup<'a, D> {
         to_result(unsafe { bindings::drm_vblank_init(raw, self.crtcs.get()) })?;
 
         // SAFETY: As above; nobody can have begun a commit yet.
-        unsafe { bindings::drm_mode_config_reset(raw) };
+        to_result(unsafe { bindings::drm_mode_config_create_initial_state(raw) })?;
 
         // SAFETY: `raw` is valid, and `funcs` isn't written to by anybody else.
         let funcs = unsafe { Atomic::from_ptr(&raw mut (*raw).mode_config.funcs) };

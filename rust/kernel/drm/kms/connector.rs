@@ -86,7 +86,7 @@ impl<C: DriverConnector> Connector<C> {
         detect: Some(Self::detect_callback),
         fill_modes: Some(bindings::drm_helper_probe_single_connector_modes),
         destroy: Some(Self::destroy_callback),
-        reset: Some(bindings::drm_atomic_helper_connector_reset),
+        atomic_create_state: Some(bindings::drm_atomic_helper_connector_create_state),
         atomic_duplicate_state: Some(bindings::drm_atomic_helper_connector_duplicate_state),
         atomic_destroy_state: Some(bindings::drm_atomic_helper_connector_destroy_state),
         ..pin_init::zeroed()

@@ -59,7 +59,7 @@ impl<C: DriverCrtc> Crtc<C> {
         set_config: Some(bindings::drm_atomic_helper_set_config),
         page_flip: Some(bindings::drm_atomic_helper_page_flip),
         destroy: Some(Self::destroy_callback),
-        reset: Some(bindings::drm_atomic_helper_crtc_reset),
+        atomic_create_state: Some(bindings::drm_atomic_helper_crtc_create_state),
         atomic_duplicate_state: Some(bindings::drm_atomic_helper_crtc_duplicate_state),
         atomic_destroy_state: Some(bindings::drm_atomic_helper_crtc_destroy_state),
         enable_vblank: Some(bindings::drm_crtc_vblank_helper_enable_vblank_timer),

@@ -112,7 +112,7 @@ impl<P: DriverPlane> Plane<P> {
         update_plane: Some(bindings::drm_atomic_helper_update_plane),
         disable_plane: Some(bindings::drm_atomic_helper_disable_plane),
         destroy: Some(Self::destroy_callback),
-        reset: Some(bindings::drm_atomic_helper_plane_reset),
+        atomic_create_state: Some(bindings::drm_atomic_helper_plane_create_state),
         atomic_duplicate_state: Some(bindings::drm_atomic_helper_plane_duplicate_state),
         atomic_destroy_state: Some(bindings::drm_atomic_helper_plane_destroy_state),
         ..pin_init::zeroed()
