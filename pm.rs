@@ -27,6 +27,7 @@
 //! | a reset of the PCI function | nothing | recover |
 //! | a device that needs a reset | nothing | reset and recover |
 
+use core::mem;
 use kernel::{
     device,
     drm::wedge,
@@ -214,9 +215,9 @@ fn quiesce(drm: &Device, state: &mut State) -> Result {
         })?;
         state.display = Some(screens);
     }
-    state.promised = false;
     if state.stage == Stage::Failed {
-        // There is nothing to quiesce, and another chance to come.
+        // There is nothing to quiesce, and another chance to come. What the host has promised it
+        // may still keep.
         queue.set_gate(Gate::Frozen);
         state.stage = Stage::Down;
         return Ok(());
@@ -285,7 +286,6 @@ pub(crate) fn reset_prepare(drm: &Device) {
 
     // What is lost is recovered, but there are hosts that look at commands while they reset.
     drm.queue.stop(true, Gate::Frozen);
-    state.promised = false;
     state.stage = Stage::Down;
 }
 
@@ -374,6 +374,8 @@ fn come_back(drm: &Device, state: &mut State, reset: bool) -> Result {
 fn wedge(drm: &Device, state: &mut State, error: Error) {
     drm.queue.stop(false, Gate::Wedged);
     state.stage = Stage::Failed;
+    // What the host may still keep is not what there will be then.
+    state.sentinel = Sentinel::Absent;
     // Nothing will be seen, but clients must not be left suspended.
     if state.display.take().is_some() {
         let _ = drm.resume();
@@ -416,8 +418,9 @@ fn revive(drm: &Device, state: &mut State, reset: bool) -> Result {
         Plan::Keep => true,
     };
 
-    if state.promised {
-        state.promised = false;
+    let promised = mem::take(&mut state.promised);
+
+    if promised {
         // What the host kept for nothing it may now forget, too.
         if let Err(e) = queue.call_nodata(&command::status_freezing(false), Who::Pm) {
             dev_err!(
@@ -426,11 +429,11 @@ fn revive(drm: &Device, state: &mut State, reset: bool) -> Result {
                 e
             );
         }
-        if !kept {
+        if plan == Plan::Verify && !kept {
             dev_warn!(drm.as_ref(), "the host did not keep its resources\n");
         }
     }
-    if plan == Plan::Verify && !kept {
+    if !kept && (promised || plan == Plan::Verify) {
         // It may have some of them. After a reset it has none, as everywhere else.
         queue.restart()?;
         state.sentinel = Sentinel::Absent;
