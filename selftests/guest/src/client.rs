@@ -39,6 +39,7 @@ use crate::card::{
     Card,
     restarted, //
 };
+use crate::shortage;
 
 /// How long the event of a page flip may take, on the guest's clock.
 const FLIP_LIMIT: Timespec = Timespec {
@@ -195,6 +196,24 @@ impl Client {
         Ok(())
     }
 
+    /// Turns every output off, draws test picture `seed` off screen, and turns the outputs on again to show it, while the kernel's
+    /// allocation `nth` fails; see [`shortage::during`].
+    pub fn set(&mut self, seed: u8, nth: u32) -> Result<()> {
+        for (index, head) in self.heads.iter_mut().enumerate() {
+            self.card.set_crtc(head.crtc, None, (0, 0), &[], None)?;
+            head.frames.swap(0, 1);
+            head.frames[0].redraw(&self.card, seed_of_head(seed, index))?;
+        }
+        shortage::during(nth, || {
+            self.heads.iter().try_for_each(|head| {
+                let framebuffer = Some(head.frames[0].framebuffer);
+                let connectors = [head.connector];
+                self.card
+                    .set_crtc(head.crtc, framebuffer, (0, 0), &connectors, Some(head.mode))
+            })
+        })
+    }
+
     /// Gives up the frames. The card, given back to the caller, is as it was.
     pub fn end(self) -> Result<Card> {
         for head in self.heads {
@@ -227,6 +246,8 @@ impl Client {
 /// - `draw SEED`: draw test picture SEED off screen and flip to it; `drawn SEED`.
 /// - `flip`: flip between the last two pictures, `flipping SEED SEED`, until any line; `stopped SEED after COUNT`.
 /// - `part SEED X Y WIDTH HEIGHT`: draw test picture SEED on screen, but declare only this part dirty; `drawn SEED`.
+/// - `set SEED NTH`: turn the outputs off, and on again with test picture SEED, while allocation NTH fails; what
+///   [`shortage::during`] prints.
 /// - end of input: end.
 pub fn serve(card: Card, seed: u8, size: Option<(u16, u16)>) -> Result<()> {
     let mut client = Client::new(card, seed, size)?;
@@ -254,6 +275,7 @@ pub fn serve(card: Card, seed: u8, size: Option<(u16, u16)>) -> Result<()> {
                 client.draw_and_show_part(seed.parse()?, area)?;
                 println!("drawn {seed}");
             }
+            ["set", seed, nth] => client.set(seed.parse()?, nth.parse()?)?,
             _ => bail!("'{order}' is no order"),
         }
     }

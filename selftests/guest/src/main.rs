@@ -9,6 +9,7 @@ mod card;
 mod checks;
 mod client;
 mod ktap;
+mod shortage;
 mod uevents;
 
 use std::path::PathBuf;
@@ -53,7 +54,8 @@ enum What {
     /// Draw test pictures on every connected output, as standard input says.
     ///
     /// `draw SEED` draws a picture off screen and flips to it. `flip` flips between the last two pictures until the next line.
-    /// `part SEED X Y WIDTH HEIGHT` draws on screen, and declares only that part dirty. Each is answered with a line.
+    /// `part SEED X Y WIDTH HEIGHT` draws on screen, and declares only that part dirty. `set SEED NTH` sets the mode anew to show
+    /// a picture, while the kernel runs short of memory as for `short`. Each is answered with a line.
     Client {
         /// The first picture.
         #[arg(default_value_t = 1)]
@@ -80,6 +82,15 @@ enum What {
         #[arg(value_parser = parse_size)]
         size: (u16, u16),
     },
+    /// Do something while one of the kernel's allocations for it fails, where the kernel can do that (CONFIG_FAULT_INJECTION).
+    ///
+    /// Prints `tried`, whether there was that allocation, and `ok` or the error.
+    Short {
+        /// Which one, counted from 1; none for 0.
+        nth: u32,
+        #[command(subcommand)]
+        act: shortage::Act,
+    },
     /// Keep alarms of which one is about to go off, until the end of standard input or for two minutes: the kernel refuses to suspend.
     Alarm,
     /// Print the driver's name and version, the connectors and their modes, as JSON.
@@ -95,6 +106,7 @@ enum What {
     },
 }
 
+/// Reads a size such as 1024x768.
 fn parse_size(text: &str) -> Result<(u16, u16)> {
     let (width, height) = text.split_once('x').context("a size looks like 1024x768")?;
     Ok((width.parse()?, height.parse()?))
@@ -107,6 +119,7 @@ fn main() -> Result<ExitCode> {
         What::Churn { enough } => buffers::churn(&Card::open()?, enough)?,
         What::Hold { count } => buffers::hold(&Card::open()?, count)?,
         What::Create { size } => buffers::create(&Card::open()?, size)?,
+        What::Short { nth, act } => act.run(nth)?,
         What::Alarm => alarm::hold()?,
         What::Info => println!("{}", serde_json::to_string(&Card::open()?.info()?)?),
         What::Framebuffers => println!("{}", serde_json::to_string(&Card::open()?.shown()?)?),

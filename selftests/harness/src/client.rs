@@ -94,6 +94,14 @@ impl Client {
         Ok(())
     }
 
+    /// Has the client turn its outputs off, and on again with test picture `seed`, while the kernel's allocation `nth` fails. Returns what
+    /// the client says of that.
+    pub fn set(&self, vm: &mut Vm, seed: u8, nth: u32) -> Result<String> {
+        let mark = vm.mark();
+        vm.say(self.program, &format!("set {seed} {nth}"))?;
+        vm.wait_line(self.program, "tried ", mark)
+    }
+
     /// Has the client draw all of test picture `seed` on the first screen, but declare only a part of it dirty.
     pub fn draw_and_show_part(
         &self,

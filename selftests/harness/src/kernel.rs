@@ -46,11 +46,11 @@ impl Driver {
         }
     }
 
-    /// Line of the kernel's configuration that has the driver built in.
+    /// Option that has the driver built in.
     fn built_in(self) -> &'static str {
         match self {
-            Self::Rust => "CONFIG_DRM_VIRTGPU_RS=y",
-            Self::C => "CONFIG_DRM_VIRTIO_GPU=y",
+            Self::Rust => "CONFIG_DRM_VIRTGPU_RS",
+            Self::C => "CONFIG_DRM_VIRTIO_GPU",
         }
     }
 }
@@ -100,6 +100,7 @@ pub struct Kernel {
     /// What must be loaded for the driver, dependencies first. Empty if it is built in.
     pub modules: Vec<PathBuf>,
     pub driver: Driver,
+    config: String,
 }
 
 impl Kernel {
@@ -120,7 +121,7 @@ impl Kernel {
 
         let config = fs::read_to_string(build.join("config"))?;
         let mut modules = Vec::new();
-        if !config.lines().any(|line| line == driver.built_in()) {
+        if !has(&config, driver.built_in()) {
             let directory = build.join("modules");
             let file = directory.join(driver.module()).with_extension("ko");
             ensure!(
@@ -134,8 +135,21 @@ impl Kernel {
             image,
             modules,
             driver,
+            config,
         })
     }
+
+    /// Whether an option, such as `CONFIG_KASAN`, is built in.
+    pub fn has(&self, option: &str) -> bool {
+        has(&self.config, option)
+    }
+}
+
+/// Whether `config`, a kernel's, has an option built in.
+fn has(config: &str, option: &str) -> bool {
+    config
+        .lines()
+        .any(|line| line.strip_prefix(option) == Some("=y"))
 }
 
 /// Appends `file` to `order`, after what it depends on. A dependency without a file is built in.

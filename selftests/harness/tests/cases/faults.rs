@@ -396,7 +396,7 @@ fn live(vm: &mut Vm, seed: u64) -> Result<()> {
 }
 
 /// Unloads the driver, and looks for memory that it left, if the kernel does.
-fn expect_no_leaks(vm: &mut Vm) -> Result<()> {
+pub fn expect_no_leaks(vm: &mut Vm) -> Result<()> {
     unload(vm)?;
     // What is only in a register is found by the second look.
     let leaks = vm.run(

@@ -2,6 +2,7 @@
 
 //! The cases, each in a guest of its own. `cargo test --test cases -- --list` names them; a part of a name chooses.
 
+mod allocation;
 mod bad_input;
 mod display;
 mod faults;
@@ -41,5 +42,6 @@ fn main() {
     trials.extend(freezing::trials());
     trials.extend(golden::trials());
     trials.extend(faults::trials());
+    trials.extend(allocation::trials());
     libtest_mimic::run(&arguments, trials).exit();
 }
