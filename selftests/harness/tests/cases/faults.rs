@@ -29,15 +29,14 @@ use virtgpu_lab::suspend::test_devices;
 use virtgpu_lab::vm::{
     LIMIT,
     Machine,
+    Mark,
+    Note,
     Vm, //
 };
 
 use crate::identity::is_built_in;
 
 const SIZE: (u32, u32) = (640, 480);
-
-/// Begins a row in the kernel's log.
-const MARK: &str = "fault: ";
 
 /// Everything that a rule of the host can do wrong.
 const FAULTS: [&str; 11] = [
@@ -351,15 +350,15 @@ fn random(case: &mut Case, seeds: Range<u64>) -> Result<()> {
         case.expect_in_log(text);
     }
     let vm = case.boot(&Phase::Restore.machine())?;
-    vm.run(&format!("echo '{MARK}none' > /dev/kmsg"))?;
     for seed in seeds {
+        let mark = vm.mark();
+        vm.run(&format!("echo 'fault: seed {seed}' > /dev/kmsg"))?;
         unload(vm)?;
         host(vm)?.misbehave(&format!("random {seed}:{RATE}"))?;
         live(vm, seed).with_context(|| format!("seed {seed}"))?;
         host(vm)?.behave()?;
         unload(vm)?;
-        let log = log(vm)?;
-        vm.run(&format!("echo '{MARK}seed {seed}' > /dev/kmsg"))?;
+        let log = log(vm, mark)?;
         if let Some(first) = logs::kernel_faults(&log, &TOLERATED).first() {
             bail!("seed {seed}: {first}");
         }
@@ -406,11 +405,17 @@ pub fn expect_no_leaks(vm: &mut Vm) -> Result<()> {
     Ok(())
 }
 
-/// Returns the kernel's log from the last mark on.
-fn log(vm: &mut Vm) -> Result<String> {
-    let mut log = vm.run("dmesg")?;
-    let start = log.rfind(MARK).context("the kernel's log has no mark")?;
-    Ok(log.split_off(start))
+/// Returns the kernel's log since `mark`, up to now.
+fn log(vm: &mut Vm, mark: Mark) -> Result<String> {
+    const END: &str = "fault: end";
+    let now = vm.mark();
+    vm.run(&format!("echo '{END}' > /dev/kmsg"))?;
+    vm.wait_console(END, now)?;
+    let lines = vm.since(mark).iter().filter_map(|note| match note {
+        Note::Console(line) => Some(line.as_str()),
+        _ => None,
+    });
+    Ok(lines.collect::<Vec<_>>().join("\n"))
 }
 
 /// One fault, and what is left of it. Returns what is wrong with that.
@@ -423,7 +428,8 @@ fn cell(
 ) -> Result<Vec<String>> {
     let mut complaints = Vec::new();
     let client = phase.prepare(vm)?;
-    vm.run(&format!("echo '{MARK}{command}, {fault}' > /dev/kmsg"))?;
+    let mark = vm.mark();
+    vm.run(&format!("echo 'fault: {command}, {fault}' > /dev/kmsg"))?;
     host(vm)?.misbehave(&format!("fault {ordinal}th {command}: {fault}"))?;
     let client = phase.act(vm, client)?;
     host(vm)?.wait_fault()?;
@@ -436,7 +442,7 @@ fn cell(
         client.leave(vm)?;
     }
     unload(vm)?;
-    let log = log(vm)?;
+    let log = log(vm, mark)?;
     let (named, is_harmless) = names(phase, command, fault);
     let tolerated: &[&str] = if is_harmless { &[] } else { &TOLERATED };
     for line in logs::kernel_faults(&log, tolerated) {
