@@ -4,6 +4,7 @@
 
 mod allocation;
 mod bad_input;
+mod cycles;
 mod display;
 mod faults;
 mod freezing;
@@ -41,6 +42,7 @@ fn main() {
     trials.extend(transports::trials());
     trials.extend(freezing::trials());
     trials.extend(golden::trials());
+    trials.extend(cycles::trials());
     trials.extend(faults::trials());
     trials.extend(allocation::trials());
     libtest_mimic::run(&arguments, trials).exit();
