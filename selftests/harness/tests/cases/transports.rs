@@ -74,6 +74,7 @@ fn mmio(case: &mut Case) -> Result<()> {
     Ok(())
 }
 
+/// Commands, answers and the reset may be on four processors.
 fn four_cpus(case: &mut Case) -> Result<()> {
     let vm = case.boot(&Machine {
         cpus: 4,

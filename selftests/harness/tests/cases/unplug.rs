@@ -252,7 +252,8 @@ fn device_asleep(case: &mut Case) -> Result<()> {
     Ok(())
 }
 
-/// The host does not answer, and clients wait for it, when the driver is unbound, and when the device is taken out.
+/// The host does not answer, and clients wait for it, when the driver is unbound, and when the device is taken out. They do not wait until
+/// they have waited long enough: they are told.
 fn unanswered(case: &mut Case) -> Result<()> {
     // They may have waited long enough to complain.
     case.expect_in_log(" was not sent: ETIMEDOUT");
