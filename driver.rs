@@ -299,6 +299,13 @@ impl virtio::Driver for VirtioDriver {
         pm::restore(&this.drm, dev)
     }
 
+    fn reset_failed<'bound>(
+        _dev: &'bound virtio::Device<Core<'_>>,
+        this: Pin<&Self::Data<'bound>>,
+    ) {
+        pm::reset_failed(&this.drm);
+    }
+
     fn suspend<'bound>(
         _dev: &'bound virtio::Device<Core<'_>>,
         this: Pin<&Self::Data<'bound>>,

@@ -289,6 +289,16 @@ pub(crate) fn reset_prepare(drm: &Device) {
     state.stage = Stage::Down;
 }
 
+/// The device has not come back from the reset that the transport wanted.
+pub(crate) fn reset_failed(drm: &Device) {
+    let mut state = drm.pm.lock();
+
+    // If `restore` is what failed, it has said so.
+    if state.stage == Stage::Down {
+        wedge(drm, &mut state, EIO);
+    }
+}
+
 /// The transport has reset the device and agreed on its features.
 pub(crate) fn restore(drm: &Device, dev: &virtio::Device<device::Bound>) -> Result {
     come_up(drm, &mut drm.pm.lock(), || drm.queue.init_vqs(dev))

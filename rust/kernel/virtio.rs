@@ -98,6 +98,9 @@ unsafe impl<T: Driver> driver::RegistrationOps for Adapter<T> {
             if T::HAS_RESET_DONE {
                 (*vdrv).reset_done = Some(Self::reset_done_callback);
             }
+            if T::HAS_RESET_FAILED {
+                (*vdrv).reset_failed = Some(Self::reset_failed_callback);
+            }
             if T::HAS_SUSPEND || T::HAS_RESUME {
                 let pm: &'static bindings::dev_pm_ops = &Self::PM_OPS;
 
@@ -254,6 +257,16 @@ impl<T: Driver> Adapter<T> {
         unsafe { Self::with_data(vdev, |dev, data| T::reset_done(dev, data)) }
     }
 
+    extern "C" fn reset_failed_callback(vdev: *mut bindings::virtio_device) {
+        // SAFETY: As for `reset_prepare_callback()`.
+        unsafe {
+            Self::with_data(vdev, |dev, data| {
+                T::reset_failed(dev, data);
+                Ok(())
+            })
+        };
+    }
+
     extern "C" fn suspend_callback<const PHASE: u8>(dev: *mut bindings::device) -> c_int {
         // SAFETY: The PM core only calls this with a device that is bound to this driver, which
         // is a `struct virtio_device`.
@@ -275,7 +288,10 @@ impl<T: Driver> Adapter<T> {
         // SAFETY: As for `suspend_callback()`.
         unsafe {
             Self::with_data(vdev, |dev, data| {
-                T::resume(dev, data, PmPhase::from_const::<PHASE>())
+                T::resume(dev, data, PmPhase::from_const::<PHASE>())?;
+                // The transport may have failed to bring back a device that works again now.
+                bindings::virtio_config_core_enable(vdev);
+                Ok(())
             })
         }
     }
@@ -472,11 +488,19 @@ pub trait Driver {
 
     /// The device has been reset and has the features that were negotiated once, but no queues.
     ///
-    /// Not called if the device does not get that far.
+    /// Not called if the device does not get that far, see [`Driver::reset_failed`].
     fn reset_done<'bound>(
         dev: &'bound Device<device::Core<'_>>,
         this: Pin<&Self::Data<'bound>>,
     ) -> Result {
+        let _ = (dev, this);
+        build_error!(crate::error::VTABLE_DEFAULT_ERROR)
+    }
+
+    /// The device did not come back from the reset that [`Driver::reset_prepare`] was called for.
+    ///
+    /// Also called if [`Driver::reset_done`] has failed. Queues cannot be found.
+    fn reset_failed<'bound>(dev: &'bound Device<device::Core<'_>>, this: Pin<&Self::Data<'bound>>) {
         let _ = (dev, this);
         build_error!(crate::error::VTABLE_DEFAULT_ERROR)
     }
@@ -495,6 +519,10 @@ pub trait Driver {
     }
 
     /// The way back from [`Driver::suspend`], after [`Driver::restore`].
+    ///
+    /// [`Driver::restore`] is not called where the transport or the virtio core fails before its
+    /// turn comes. A driver that returns successfully from this is told of configuration changes
+    /// again, even then.
     ///
     /// `phase` need not be the one of the last [`Driver::suspend`]: the kernel in a hibernation
     /// image was last told of [`PmPhase::Freeze`], and finds itself in [`PmPhase::PowerOff`].

@@ -60,12 +60,28 @@ impl Debugger {
         self.order(&format!("z{place}"))
     }
 
+    /// Lets the guest run until it comes to `function`, and has that return `value` without doing anything.
+    pub fn return_from(&mut self, function: &str, value: i32) -> Result<()> {
+        // The numbers by which the stub knows registers of x86-64.
+        const RAX: u32 = 0;
+        const RSP: u32 = 7;
+        const RIP: u32 = 16;
+        self.run_until(function)?;
+        let stack = parse_u64(&self.ask(&format!("p{RSP:x}"))?)?;
+        let caller = parse_u64(&self.ask(&format!("m{stack:x},8"))?)?;
+        for (register, value) in [
+            (RAX, i64::from(value) as u64),
+            (RSP, stack + 8),
+            (RIP, caller),
+        ] {
+            self.order(&format!("P{register:x}={}", hex(&value.to_le_bytes())))?;
+        }
+        Ok(())
+    }
+
     /// Sets a variable of the kernel of four bytes.
     pub fn set(&mut self, variable: &str, value: u32) -> Result<()> {
-        let bytes: String = value
-            .to_le_bytes()
-            .map(|byte| format!("{byte:02x}"))
-            .concat();
+        let bytes = hex(&value.to_le_bytes());
         self.order(&format!("M{},4:{bytes}", self.address(variable)?))
     }
 
@@ -101,4 +117,16 @@ impl Debugger {
         let text = String::from_utf8_lossy(&answer).into_owned();
         Ok(text.trim_start_matches('$').to_owned())
     }
+}
+
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+/// Reads a number as the stub gives it, in the order of the guest's bytes.
+fn parse_u64(text: &str) -> Result<u64> {
+    let number = u64::from_str_radix(text, 16);
+    number
+        .map(u64::swap_bytes)
+        .with_context(|| format!("the gdb stub gives '{text}' for a number"))
 }

@@ -14,6 +14,7 @@ use virtgpu_lab::case::{
     trial, //
 };
 use virtgpu_lab::client::Client;
+use virtgpu_lab::debugger::Debugger;
 use virtgpu_lab::screen;
 use virtgpu_lab::suspend::Sleep;
 use virtgpu_lab::vm::{
@@ -55,6 +56,14 @@ pub fn trials() -> Vec<Trial> {
         }),
         trial("reset::broken_queue::always", always_broken),
         trial("reset::needs_reset", needs_reset),
+        trial("reset::function::enabled_twice", enabled_twice),
+        trial("reset::failed::enable", |case| {
+            failed(case, "pci_enable_device")
+        }),
+        trial("reset::failed::virtio", |case| {
+            failed(case, "virtio_device_reset_done")
+        }),
+        trial("reset::failed::restore", failed_restore),
         trial("reset::wedged::suspend", |case| {
             wedged(case, |vm| Sleep::S3.cycle(vm))
         }),
@@ -177,6 +186,74 @@ fn wedged_rebind(case: &mut Case) -> Result<()> {
     client.end(vm)
 }
 
+/// An administrator has enabled the function, too, so that it is not disabled by its driver.
+fn enabled_twice(case: &mut Case) -> Result<()> {
+    let vm = case.boot(&Machine::behind_root_port("virtio-gpu-pci"))?;
+    vm.run(
+        "cd /sys/class/drm/card0/device && function=$(basename $(readlink -f .)) && cd /sys/bus/pci && \
+         echo $function > drivers/virtio-pci/unbind && echo 1 > devices/$function/enable && \
+         echo $function > drivers/virtio-pci/bind",
+    )?;
+    let client = Client::start(vm, 0, &[SIZE])?;
+    for time in 1..=TIMES {
+        reset(vm)?;
+        client.expect(vm, time - 1)?;
+        client.draw(vm, time)?;
+    }
+    client.end(vm)
+}
+
+/// The function is reset, and something fails before the driver is told: `function` of the kernel. The next reset brings it back.
+fn failed(case: &mut Case, function: &str) -> Result<()> {
+    case.expect_in_log("*ERROR* the device did not come back");
+    let vm = case.boot(&Machine {
+        debugger: true,
+        ..Machine::behind_root_port("virtio-gpu-pci")
+    })?;
+    let client = Client::start(vm, 0, &[SIZE])?;
+    let mark = vm.mark();
+    let listener = vm.start_program(&["virtgpu-guest", "uevents"])?;
+    vm.wait_line(listener, "listening", mark)?;
+    let mut debugger = Debugger::halt(vm)?;
+    let mark = vm.mark();
+    let writer = vm.start_program(&["sh", "-c", RESET])?;
+    debugger.return_from(function, -5)?;
+    debugger.go()?;
+    vm.wait_end(writer)?;
+    vm.wait_console("Reset done failure: -5", mark)?;
+    expect_wedged(vm, listener, mark)?;
+    client.draw_unseen(vm, 1)?;
+    reset(vm)?;
+    client.expect(vm, 1)?;
+    client.draw(vm, 2)?;
+    client.end(vm)
+}
+
+/// The virtio core fails to restore the device, and the driver, whose turn comes later, does it by itself. It hears of all that the
+/// device has to say then.
+fn failed_restore(case: &mut Case) -> Result<()> {
+    let vm = case.boot(&Machine {
+        debugger: true,
+        windows: 1,
+        ..Machine::with_gpu("virtio-gpu-pci")
+    })?;
+    let client = Client::start(vm, 0, &[SIZE])?;
+    for time in 1..=TIMES {
+        let mut debugger = Debugger::halt(vm)?;
+        let mark = vm.mark();
+        let writer = vm.start_program(&["sh", "-c", SLEEP])?;
+        debugger.return_from("virtio_device_restore", -5)?;
+        debugger.go()?;
+        vm.wait_end(writer)?;
+        vm.wait_console("pci_pm_resume returns -5", mark)?;
+        vm.wait_console("resources recovered", mark)?;
+        client.expect(vm, time - 1)?;
+        client.draw(vm, time)?;
+        vm.resize_window(0, 800 + 8 * u16::from(time), 600)?;
+    }
+    client.end(vm)
+}
+
 fn expect_wedged(vm: &mut Vm, listener: Program, mark: Mark) -> Result<()> {
     vm.wait_console("the device did not come back", mark)?;
     vm.wait(
@@ -218,9 +295,14 @@ fn control(vm: &Vm, line: &str) -> Result<()> {
     host.control(line).map(drop)
 }
 
+/// Suspends and resumes the devices.
+const SLEEP: &str = "echo devices > /sys/power/pm_test && echo mem > /sys/power/state";
+
+const RESET: &str = "cd /sys/class/drm/card0/device && echo flr > reset_method && echo 1 > reset";
+
 /// Resets the GPU's PCI function as an administrator would.
 fn reset(vm: &mut Vm) -> Result<()> {
     let mark = vm.mark();
-    vm.run("cd /sys/class/drm/card0/device && echo flr > reset_method && echo 1 > reset")?;
+    vm.run(RESET)?;
     vm.wait_console("resources recovered", mark)
 }
