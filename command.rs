@@ -214,7 +214,7 @@ pub(crate) fn check(answer: &[u8], ok: u32) -> Result<(), (Error, u32)> {
     match hdr.ty.get() {
         ty if ty == ok => Ok(()),
         ty @ resp::ERR_OUT_OF_MEMORY => Err((ENOMEM, ty)),
-        ty @ resp::ERR_UNSPEC => Err((EIO, ty)),
+        ty @ resp::ERR_UNSPEC => Err((EREMOTEIO, ty)),
         ty @ resp::ERR_UNSPEC..=resp::ERR_INVALID_PARAMETER => Err((EINVAL, ty)),
         ty => Err((EPROTO, ty)),
     }
@@ -334,7 +334,7 @@ mod tests {
         );
         assert_eq!(is(&[], resp::OK_NODATA), Err((errno(EPROTO), 0)));
         for (ty, error) in [
-            (0x1200, EIO),
+            (0x1200, EREMOTEIO),
             (0x1201, ENOMEM),
             (0x1202, EINVAL),
             (0x1203, EINVAL),

@@ -120,16 +120,17 @@ pub(crate) fn init(drm: &drm::UnregisteredDevice<DrmDriver>) -> Result {
 
 /// Asks the host for its displays and their EDIDs. What it does not say is in the log.
 ///
-/// Returns whether anything has changed. Sleeps.
+/// Returns whether anything has changed. Sleeps, but not before the gate: only who would mend the
+/// device asks.
 pub(crate) fn refresh(drm: &Device) -> Result<bool> {
     let queue = &drm.queue;
     let new = queue
-        .call(&command::get_display_info(), DISPLAY_INFO_LEN, Who::Kernel)
+        .call(&command::get_display_info(), DISPLAY_INFO_LEN, Who::Pm)
         .and_then(|answer| Displays::parse(answer.as_slice()))
         .inspect_err(|e| {
-            // A device that is gone has nothing to say, and that is known. Whoever has reset it in
-            // the meantime asks again.
-            if ![ENODEV, ECANCELED].contains(e) {
+            // A device that is gone has nothing to say, and that is known. Whoever resets it asks
+            // again.
+            if !is_lost(*e) {
                 dev_err!(drm.as_ref(), "*ERROR* no display info: {:?}\n", e);
             }
         })?;
@@ -159,7 +160,7 @@ pub(crate) fn refresh(drm: &Device) -> Result<bool> {
         let mut questions = [const { None }; uapi::MAX_SCANOUTS];
 
         for (scanout, question) in (0..drm.features.num_scanouts).zip(&mut questions) {
-            *question = Some(queue.ask(&command::get_edid(scanout), EDID_LEN, Who::Kernel));
+            *question = Some(queue.ask(&command::get_edid(scanout), EDID_LEN, Who::Pm));
         }
         queue.kick(CTRL);
 
@@ -174,13 +175,10 @@ pub(crate) fn refresh(drm: &Device) -> Result<bool> {
                 return;
             };
 
-            match Head::refresh(
-                connector,
-                question.and_then(|it| it.wait(queue, Who::Kernel)),
-            ) {
+            match Head::refresh(connector, question.and_then(|it| it.wait(queue, Who::Pm))) {
                 Ok(new) => changed |= new,
                 // Once is enough to wait in vain, and a reset, or the end, answers all of them.
-                Err(e) if [ETIMEDOUT, ECANCELED, ENODEV].contains(&e) => mute = true,
+                Err(e) if e == ETIMEDOUT || is_lost(e) => mute = true,
                 Err(e) => Head::warn(connector, e),
             }
         });
@@ -188,10 +186,13 @@ pub(crate) fn refresh(drm: &Device) -> Result<bool> {
     Ok(changed)
 }
 
-/// Asks the host for its displays if it says that they have changed.
-///
-/// Returns whether user space is to be told: it may know more than we find out.
-pub(crate) fn config_changed(drm: &Device) -> bool {
+/// Whether a command has failed because the device has to be reset, is reset, or is gone.
+fn is_lost(error: Error) -> bool {
+    [EIO, ECANCELED, ENODEV].contains(&error)
+}
+
+/// Returns whether the host says that its displays have changed since this was last called.
+pub(crate) fn take_event(drm: &Device) -> bool {
     let Some(dev) = drm.queue.device() else {
         return false;
     };
@@ -202,9 +203,7 @@ pub(crate) fn config_changed(drm: &Device) -> bool {
     }
     // Cleared before the host is asked: a change that comes after that is a new event.
     let _ = dev.config_write_le32(config::EVENTS_CLEAR, config::EVENT_DISPLAY);
-    drop(dev);
-
-    drm.has_display() && refresh(drm) != Err(ENODEV)
+    true
 }
 
 /// Shows a resource on a scanout, or nothing (resource 0).
@@ -295,7 +294,14 @@ impl<'a> Picture<'a> {
         if !drm.features.dma_addresses {
             return Ok(());
         }
-        let dev = drm.queue.device().ok_or(ENODEV)?;
+        let dev = match drm.queue.device() {
+            Some(dev) => dev,
+            None => {
+                // As the command that follows this would.
+                drm.queue.wait_turn(Who::Kernel)?;
+                drm.queue.device().ok_or(ENODEV)?
+            }
+        };
 
         self.object.sync_for_device(dev.parent())
     }
@@ -343,13 +349,18 @@ impl DriverPlane for Primary {
         let damage = picture.rect(damage);
         let resource = picture.resource;
         let offset = damage.offset(picture.pitch, CPP);
+        let mut missing = false;
         let sent = picture
             .sync(drm)
-            .and_then(|()| resource.transfer(&drm.queue, damage, offset));
+            .and_then(|()| picture.object.complete())
+            .and_then(|new| {
+                missing = new;
+                resource.transfer(&drm.queue, damage, offset)
+            });
 
         report(drm, "a picture", sent);
         // The mode was set with nothing to be seen, whether the framebuffer is a new one or not.
-        if update.fb_changed() || update.src_changed() || update.needs_modeset() {
+        if missing || update.fb_changed() || update.src_changed() || update.needs_modeset() {
             let src = picture.rect(update.src());
 
             report(
@@ -434,7 +445,7 @@ impl Head {
     fn refresh(connector: &Connector<Self>, answer: Result<Answer>) -> Result<bool> {
         let answer = match answer {
             Ok(answer) => Some(answer),
-            Err(e) if [ETIMEDOUT, ECANCELED, ENODEV, ENOMEM].contains(&e) => return Err(e),
+            Err(e) if e == ETIMEDOUT || e == ENOMEM || is_lost(e) => return Err(e),
             Err(e) => {
                 Self::warn(connector, e);
                 None

@@ -296,7 +296,10 @@ impl virtio::Driver for VirtioDriver {
         dev: &'bound virtio::Device<Core<'_>>,
         this: Pin<&Self::Data<'bound>>,
     ) -> Result {
-        pm::restore(&this.drm, dev)
+        pm::restore(&this.drm, dev)?;
+        // The work item tells user space of other displays.
+        Self::config_changed(dev, this);
+        Ok(())
     }
 
     fn reset_failed<'bound>(

@@ -65,8 +65,8 @@ pub(crate) struct Resource {
     /// are.
     backing: Arc<Payload>,
     nr_entries: u32,
-    /// What the host has been told since it last forgot everything. Protected by
-    /// [`Resources::live`].
+    /// What the host has been told since it last forgot everything. Changed with
+    /// [`Resources::live`] locked.
     told: Atomic<u32>,
 }
 
@@ -276,18 +276,29 @@ impl Resources {
     pub(crate) fn recover(&self, screens: &Screens, tally: &Arc<Tally>) -> Result<usize> {
         let queue = &self.queue;
 
-        {
-            let live = self.live.lock();
+        let live = self.live.lock();
+        let forgotten = queue.forget();
 
-            queue.forget();
-            for resource in live.values() {
-                resource.told.store(UNKNOWN, Relaxed);
-            }
+        for resource in live.values() {
+            resource.told.store(UNKNOWN, Relaxed);
         }
+        drop(live);
+        drop(forgotten);
 
         for (scanout, shown) in (0..).zip(screens) {
-            if shown.resource == 0 || !self.make_again(shown.resource, tally)? {
+            if shown.resource == 0 {
                 continue;
+            }
+            match self.make(shown.resource, FILLED, Who::Pm, Some(tally)) {
+                Ok(true) => {}
+                Ok(false) => continue,
+                // As in `make_again()`, which has another try below. It is shown by the next
+                // commit, see `Object::complete()`.
+                Err(e) if e == ENOMEM || e == E2BIG => {
+                    tally.fail();
+                    continue;
+                }
+                Err(e) => return Err(e),
             }
 
             let sent = queue
@@ -363,6 +374,21 @@ impl Object {
     /// The host's side of the object.
     pub(crate) fn resource(&self) -> Option<&Resource> {
         self.resource.as_ref().map(|resource| &**resource)
+    }
+
+    /// Makes sure that the host has its side of the object, which there may have been no memory
+    /// for when it was recovered. It learns of it with the next [`Queue::kick`].
+    ///
+    /// Returns whether something was missing; then no scanout shows it either.
+    ///
+    /// Context and errors: as for [`Queue::submit`].
+    pub(crate) fn complete(&self) -> Result<bool> {
+        match self.resource() {
+            Some(resource) if resource.told.load(Relaxed) < BACKED => {
+                self.resources.make(resource.id, FILLED, Who::Kernel, None)
+            }
+            _ => Ok(false),
+        }
     }
 }
 

@@ -32,7 +32,10 @@ use kernel::{
     device,
     drm::wedge,
     prelude::*,
-    sync::atomic::Relaxed,
+    sync::{
+        atomic::Relaxed,
+        lock::mutex::MutexGuard, //
+    },
     time::{
         Instant,
         Monotonic, //
@@ -51,7 +54,8 @@ use crate::{
     queue::{
         Gate,
         Tally,
-        Who, //
+        Who,
+        CTRL, //
     },
     uapi, //
 };
@@ -144,6 +148,10 @@ pub(crate) struct State {
     sentinel: Sentinel,
     /// The display has been turned off and waits to be turned on again; this is what it showed.
     display: Option<Screens>,
+    /// The host was asked for its displays in vain.
+    unasked: bool,
+    /// Displays have changed, which user space has not been told.
+    changed: bool,
     resets: Resets,
 }
 
@@ -155,6 +163,8 @@ impl State {
             promised: false,
             sentinel: Sentinel::Absent,
             display: None,
+            unasked: false,
+            changed: false,
             resets: Resets::new(),
         }
     }
@@ -189,23 +199,23 @@ fn asks_to_keep(freezing: bool, phase: Option<PmPhase>) -> bool {
     freezing && phase == Some(PmPhase::Suspend)
 }
 
-/// Brings the driver to rest. The device is not reset, and what the host has stays.
+/// Turns the display off, and brings the driver to rest. The device is not reset, and what the host
+/// has stays.
 ///
 /// On error everything is as before.
-fn quiesce(drm: &Device, state: &mut State) -> Result {
+fn quiesce(drm: &Device) -> Result<MutexGuard<'_, State>> {
+    let mut state = drm.pm.lock();
+
     if !matches!(state.stage, Stage::Awake | Stage::Failed) {
-        return Ok(());
+        return Ok(state);
     }
 
     let queue = &drm.queue;
+    let display = drm.has_display().then(|| *drm.screens.lock());
 
-    // The display cannot be turned off on a device that does not work.
-    if state.stage == Stage::Awake {
-        mend(drm, state);
-    }
-    if drm.has_display() && state.display.is_none() {
-        let screens = *drm.screens.lock();
-
+    if display.is_some() {
+        // Not under the lock: a device that breaks now is mended meanwhile, by `config_changed`.
+        drop(state);
         drm.suspend().inspect_err(|e| {
             dev_err!(
                 drm.as_ref(),
@@ -213,14 +223,18 @@ fn quiesce(drm: &Device, state: &mut State) -> Result {
                 e
             );
         })?;
-        state.display = Some(screens);
+        state = drm.pm.lock();
     }
+    if state.stage == Stage::Awake {
+        mend(drm, &mut state);
+    }
+    state.display = display;
     if state.stage == Stage::Failed {
         // There is nothing to quiesce, and another chance to come. What the host has promised it
         // may still keep.
         queue.set_gate(Gate::Frozen);
         state.stage = Stage::Down;
-        return Ok(());
+        return Ok(state);
     }
 
     let destroy = command::resource_unref(SENTINEL);
@@ -228,17 +242,24 @@ fn quiesce(drm: &Device, state: &mut State) -> Result {
 
     if state.sentinel == Sentinel::Unknown {
         // Refused where it is not there, which is as good.
-        let _ = queue.call_nodata(&destroy, Who::Kernel);
+        let _ = queue.ask(&destroy, command::HEADER_LEN, Who::Pm);
     }
-    // Always: whether the device will be reset is not known yet, another driver may abort this.
-    let created = queue.call_nodata(&create, Who::Kernel);
-    state.sentinel = Sentinel::after(Sentinel::Present, &created);
 
-    if !queue.drain() {
-        dev_err!(
-            drm.as_ref(),
-            "*ERROR* the host does not answer, suspending all the same\n"
-        );
+    // Always: whether the device will be reset is not known yet, another driver may abort this.
+    let created = queue.ask(&create, command::HEADER_LEN, Who::Pm);
+    // That is when the answer has come, if it ever does.
+    let drained = queue.drain();
+    let created = created.and_then(|question| question.answer().map(drop));
+
+    state.sentinel = Sentinel::after(Sentinel::Present, &created);
+    if !drained {
+        // One that has to be reset is, or says so again when we are back.
+        if !queue.needs_reset() {
+            dev_err!(
+                drm.as_ref(),
+                "*ERROR* the host does not answer, suspending all the same\n"
+            );
+        }
     } else if state.sentinel == Sentinel::Present
         && asks_to_keep(drm.freezing.load(Relaxed), state.phase)
     {
@@ -257,23 +278,22 @@ fn quiesce(drm: &Device, state: &mut State) -> Result {
     }
     queue.set_gate(Gate::Frozen);
     state.stage = Stage::Quiet;
-    Ok(())
+    Ok(state)
 }
 
 /// The PM core is about to suspend; the device is untouched yet.
 pub(crate) fn suspend(drm: &Device, phase: PmPhase) -> Result {
-    let mut state = drm.pm.lock();
-
-    state.phase = Some(phase);
+    drm.pm.lock().phase = Some(phase);
     // The PM core does not call `resume` for a device that failed to suspend.
-    quiesce(drm, &mut state).inspect_err(|_| state.phase = None)
+    quiesce(drm)
+        .map(drop)
+        .inspect_err(|_| drm.pm.lock().phase = None)
 }
 
 /// The transport is about to let the device sleep, or to reset it.
 pub(crate) fn freeze(drm: &Device) -> Result {
-    let mut state = drm.pm.lock();
+    let mut state = quiesce(drm)?;
 
-    quiesce(drm, &mut state)?;
     // Whatever is still in the ring has had its time.
     drm.queue.stop(false, Gate::Frozen);
     state.stage = Stage::Down;
@@ -323,7 +343,26 @@ pub(crate) fn resume(drm: &Device, dev: &virtio::Device<device::Bound>) -> Resul
     };
 
     state.phase = None;
+    drop(state);
+    turn_on(drm);
     result
+}
+
+/// Turns the display on again, if it was turned off and the device works, and tells user space of
+/// other displays.
+///
+/// Not under the lock, and not before the virtio core allows configuration changes again, as it
+/// does after [`restore`]: a device that breaks now is mended meanwhile, by [`config_changed`].
+fn turn_on(drm: &Device) {
+    if drm.pm.lock().display.take().is_some() {
+        // The device works; user space can still turn on what was not.
+        if let Err(e) = drm.resume() {
+            dev_err!(drm.as_ref(), "*ERROR* cannot resume the display: {:?}\n", e);
+        }
+    }
+    if mem::take(&mut drm.pm.lock().changed) {
+        drm.hotplug_event();
+    }
 }
 
 /// The configuration of the device has changed: if the device asks for a reset by that, or has
@@ -339,7 +378,26 @@ pub(crate) fn config_changed(drm: &Device) -> bool {
     if state.stage == Stage::Awake {
         mend(drm, &mut state);
     }
-    state.stage == Stage::Awake && display::config_changed(drm)
+    if state.stage == Stage::Awake && (display::take_event(drm) || state.unasked) {
+        let asked = refresh(drm, &mut state);
+
+        // Even where nothing new was found out: user space may know more.
+        state.changed |= asked != Err(ENODEV);
+    }
+    mem::take(&mut state.changed)
+}
+
+/// Asks the host for its displays.
+fn refresh(drm: &Device, state: &mut State) -> Result {
+    if !drm.has_display() {
+        return Err(ENODEV);
+    }
+
+    let changed = display::refresh(drm);
+
+    state.unasked = changed.is_err();
+    state.changed |= changed?;
+    Ok(())
 }
 
 fn mend(drm: &Device, state: &mut State) {
@@ -368,16 +426,25 @@ fn come_up(drm: &Device, state: &mut State, connect: impl FnOnce() -> Result) ->
         .inspect_err(|e| wedge(drm, state, *e))
 }
 
-/// Brings a device back that has queues. One that breaks them while it is brought back has to be
-/// reset, and gets another chance.
-fn come_back(drm: &Device, state: &mut State, reset: bool) -> Result {
-    let mut result = revive(drm, state, reset);
+/// Brings a device back that has queues. One that breaks them while it is brought back, or has done
+/// so while nobody looked, has to be reset, and gets another chance.
+fn come_back(drm: &Device, state: &mut State, mut reset: bool) -> Result {
+    loop {
+        if !drm.queue.needs_reset() {
+            let result = revive(drm, state, reset);
 
-    while result.is_err() && drm.queue.needs_reset() && state.resets.allow() {
+            // Even after success: `config_changed` does nothing while the device is away.
+            if !drm.queue.needs_reset() {
+                return result;
+            }
+        }
+        if !state.resets.allow() {
+            return Err(EIO);
+        }
         state.promised = false;
-        result = drm.queue.restart().and_then(|()| revive(drm, state, true));
+        drm.queue.restart()?;
+        reset = true;
     }
-    result
 }
 
 /// Nothing more is expected of the device until it is reset.
@@ -416,23 +483,47 @@ fn revive(drm: &Device, state: &mut State, reset: bool) -> Result {
         state.sentinel = Sentinel::Absent;
     }
 
-    let kept = match plan {
-        Plan::Verify => {
-            // Not by a flush: there are hosts that flush what they do not have.
-            let destroyed = queue.call_nodata(&command::resource_unref(SENTINEL), Who::Pm);
+    // Not by a flush: there are hosts that flush what they do not have.
+    let destroyed = (plan == Plan::Verify).then(|| {
+        queue.ask(
+            &command::resource_unref(SENTINEL),
+            command::HEADER_LEN,
+            Who::Pm,
+        )
+    });
+    // What the host kept for nothing it may now forget, too.
+    let told = mem::take(&mut state.promised).then(|| {
+        queue.ask(
+            &command::status_freezing(false),
+            command::HEADER_LEN,
+            Who::Pm,
+        )
+    });
+
+    queue.kick(CTRL);
+
+    let mut mute = false;
+    let kept = match destroyed {
+        Some(question) => {
+            let destroyed = question.and_then(|it| it.wait(queue, Who::Pm)).map(drop);
 
             state.sentinel = Sentinel::after(Sentinel::Absent, &destroyed);
+            mute = destroyed == Err(ETIMEDOUT);
             destroyed.is_ok()
         }
-        Plan::Recover => false,
-        Plan::Keep => true,
+        None => plan == Plan::Keep,
     };
 
-    let promised = mem::take(&mut state.promised);
+    let promised = told.is_some();
 
-    if promised {
-        // What the host kept for nothing it may now forget, too.
-        if let Err(e) = queue.call_nodata(&command::status_freezing(false), Who::Pm) {
+    if let Some(question) = told {
+        // Once is enough to wait in vain.
+        let told = question.and_then(|it| match mute {
+            true => it.answer(),
+            false => it.wait(queue, Who::Pm),
+        });
+
+        if let Err(e) = told {
             dev_err!(
                 drm.as_ref(),
                 "*ERROR* the host was not told of the resume: {:?}\n",
@@ -481,19 +572,7 @@ fn revive(drm: &Device, state: &mut State, reset: bool) -> Result {
 
     queue.open();
     state.stage = Stage::Awake;
-    if drm.has_display() {
-        let changed = display::refresh(drm).unwrap_or(false);
-
-        if state.display.take().is_some() {
-            // The device works; user space can still turn on what was not.
-            if let Err(e) = drm.resume() {
-                dev_err!(drm.as_ref(), "*ERROR* cannot resume the display: {:?}\n", e);
-            }
-        }
-        if changed {
-            drm.hotplug_event();
-        }
-    }
+    let _ = refresh(drm, state);
     Ok(())
 }
 

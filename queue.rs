@@ -11,7 +11,8 @@
 //!
 //! Whoever has to wait, for room in the ring, for the gate or for an answer, waits for
 //! [`TIMEOUT_MS`] at the most, is woken when the gate moves, and holds nothing that completion
-//! needs. Whoever waits for the host to be done with everything gives it as long after each answer.
+//! needs. Whoever waits for the host to be done with everything, or at the gate while somebody else
+//! does, gives it as long after each answer.
 //!
 //! The engine knows neither GEM nor KMS. Memory that must outlive a command is handed to it as
 //! [`Held`] and dropped in a work item of its own, never in the one that completes commands.
@@ -35,7 +36,6 @@ use kernel::{
         },
         Arc,
         ArcBorrow,
-        Completion,
         CondVar,
         SpinLock, //
     },
@@ -128,6 +128,8 @@ pub(crate) struct QueueState {
     gate: Gate,
     /// How many tasks sleep on [`Engine::moved`] for this queue.
     sleepers: u32,
+    /// How often something has come back.
+    returned: u32,
     /// Somebody waited in vain for room, and nothing has come back since. Spares the others the
     /// same wait.
     stalled: bool,
@@ -204,10 +206,7 @@ impl Token {
 
         match self.done {
             Done::Log => {}
-            Done::Reply(reply) => {
-                *reply.answer.lock() = Some(result.map(mem::take));
-                reply.done.complete_all();
-            }
+            Done::Reply(reply) => *reply.lock() = Some(result.map(mem::take)),
             Done::Tally(tally) => {
                 if result.is_err() {
                     tally.fail();
@@ -218,14 +217,8 @@ impl Token {
     }
 }
 
-/// Where one task waits for one answer.
-#[pin_data]
-struct Reply {
-    #[pin]
-    done: Completion,
-    #[pin]
-    answer: SpinLock<Option<Result<Answer>>>,
-}
+/// Where the answer is put that one task waits for.
+type Reply = SpinLock<Option<Result<Answer>>>;
 
 /// Counts the commands of a batch that failed. The batch is over when the queue has drained.
 pub(crate) struct Tally {
@@ -274,6 +267,17 @@ impl Held {
             resource,
             _what: what,
         })
+    }
+}
+
+impl<T: ?Sized + Send> Drop for Held<T> {
+    fn drop(&mut self) {
+        // One by one, and not recursively.
+        let mut next = self.next.take();
+
+        while let Some(mut held) = next {
+            next = held.next.take();
+        }
     }
 }
 
@@ -379,11 +383,9 @@ impl Engine {
         Self::push(&self.released, held);
     }
 
-    fn drop_list(list: &SpinLock<Option<KBox<Held>>>) {
-        // One by one: a list that is dropped as a whole is dropped recursively.
-        while let Some(held) = Self::pop(list) {
-            drop(held);
-        }
+    /// Takes a whole list, to be dropped without a lock held.
+    fn take(list: &SpinLock<Option<KBox<Held>>>) -> Option<KBox<Held>> {
+        list.lock().take()
     }
 }
 
@@ -422,7 +424,7 @@ impl WorkItem<2> for Engine {
     type Pointer = Arc<Virtqueues<Self, NUM_QUEUES>>;
 
     fn run(queues: Self::Pointer) {
-        Engine::drop_list(&queues.handler().released);
+        drop(Engine::take(&queues.handler().released));
     }
 }
 
@@ -479,14 +481,16 @@ fn dequeue(queues: &Arc<Virtqueues<Engine, NUM_QUEUES>>, index: usize) {
             let state = guard.state();
 
             progress = true;
+            state.returned = state.returned.wrapping_add(1);
             state.stalled = false;
             if state.sleepers > 0 {
                 engine.moved.notify_all();
             }
         }
         if guard.is_broken() {
-            // Before anybody finds out the hard way.
+            // Before anybody finds out the hard way. Nothing else comes back.
             guard.state().shut();
+            engine.moved.notify_all();
             break true;
         }
         if guard.enable_callbacks() {
@@ -523,28 +527,41 @@ impl Question {
     /// Waits for the answer.
     ///
     /// Errors: what the host's answer comes closest to, and [`ETIMEDOUT`]: the host has until
-    /// [`TIMEOUT_MS`] to give one. [`ERESTARTSYS`] for a caller that is being killed.
+    /// [`TIMEOUT_MS`] to give one. [`ECANCELED`] if it cannot any more: the device has been reset,
+    /// or has to be. [`EIO`] and [`ENODEV`] as for [`Queue::submit`], and [`ERESTARTSYS`] for a
+    /// caller that is being killed.
     pub(crate) fn wait(self, queue: &Queue, who: Who) -> Result<Answer> {
-        let done = &self.reply.done;
-        let limit = msecs_to_jiffies(TIMEOUT_MS);
-        let answered = match who {
-            Who::Ioctl => done.wait_for_completion_killable_timeout(limit)?,
-            _ => done.wait_for_completion_timeout(limit),
-        };
+        let mut left = msecs_to_jiffies(TIMEOUT_MS);
+        let mut guard = queue.0.lock(CTRL);
 
-        if !answered {
-            dev_err!(
-                queue.0.handler().dev,
-                "*ERROR* no answer to {} within {} ms\n",
-                uapi::command_name(self.command),
-                TIMEOUT_MS
-            );
-            return Err(ETIMEDOUT);
+        loop {
+            if let Some(answer) = self.reply.lock().take() {
+                return answer;
+            }
+            if let ControlFlow::Break(error) = guard.state().gate.admit(who) {
+                return Err(error);
+            }
+            if guard.is_broken() {
+                return Err(ECANCELED);
+            }
+            if left == 0 {
+                break;
+            }
+            left = queue.sleep(&mut guard, left, who)?;
         }
+        drop(guard);
+        dev_err!(
+            queue.0.handler().dev,
+            "*ERROR* no answer to {} within {} ms\n",
+            uapi::command_name(self.command),
+            TIMEOUT_MS
+        );
+        Err(ETIMEDOUT)
+    }
 
-        let answer = self.reply.answer.lock().take();
-
-        answer.unwrap_or(Err(EIO))
+    /// Returns the answer if there is one already, and [`ETIMEDOUT`] if not.
+    pub(crate) fn answer(self) -> Result<Answer> {
+        self.reply.lock().take().unwrap_or(Err(ETIMEDOUT))
     }
 }
 
@@ -561,6 +578,7 @@ impl Queue {
         let state = || QueueState {
             gate: Gate::Frozen,
             sleepers: 0,
+            returned: 0,
             stalled: false,
             owing: false,
         };
@@ -605,7 +623,7 @@ impl Queue {
             .stop(|_, token| token.complete(engine, Err(ECANCELED)));
         if last != Gate::Frozen {
             // The host has no access any more, whatever it was or was not told.
-            Engine::drop_list(&engine.limbo);
+            drop(Engine::take(&engine.limbo));
         }
         self.settle();
     }
@@ -637,9 +655,11 @@ impl Queue {
         engine.dequeue_ctrl.flush();
         engine.dequeue_cursor.flush();
         engine.reclaim.flush();
-        Engine::drop_list(&engine.released);
+        drop(Engine::take(&engine.released));
         engine.word.store(NO_WORD, Relaxed);
-        // Nothing came back from the queues, but they are empty.
+        // Nothing came back from the queues, but they are empty, and answers have become errors.
+        // Who looks for them under the lock has seen that, or sleeps by now.
+        drop(self.0.lock(CTRL));
         engine.moved.notify_all();
     }
 
@@ -874,7 +894,11 @@ impl Queue {
             return Ok(self.0.lock(CTRL));
         }
 
-        *left = self.sleep(&mut guard, *left, who)?;
+        *left = if full {
+            self.sleep(&mut guard, *left, who)?
+        } else {
+            self.sleep_outside(&mut guard, *left, who)?
+        };
         Ok(guard)
     }
 
@@ -900,13 +924,7 @@ impl Queue {
         } else {
             Response::Pages(ResponseBuf::new(len)?)
         };
-        let reply = Arc::pin_init(
-            pin_init!(Reply {
-                done <- Completion::new(),
-                answer <- new_spinlock!(None),
-            }),
-            GFP_KERNEL,
-        )?;
+        let reply = Arc::pin_init(new_spinlock!(None), GFP_KERNEL)?;
         let token = Token::new::<C>(Done::Reply(reply.clone()));
 
         self.submit_bytes(command.as_bytes(), None, &mut response, token, who, true)
@@ -952,7 +970,11 @@ impl Queue {
             } else if left == 0 {
                 return Err(ETIMEDOUT);
             }
-            left = self.sleep(&mut guard, left, who)?;
+            left = if admitted {
+                self.sleep(&mut guard, left, who)?
+            } else {
+                self.sleep_outside(&mut guard, left, who)?
+            };
             waited = left > 0;
         }
     }
@@ -969,6 +991,19 @@ impl Queue {
         };
         guard.state().sleepers -= 1;
         slept
+    }
+
+    /// As [`Queue::sleep`], before the gate. The time begins anew when the host gives something
+    /// back: a device that is being recovered, slowly, is one that works.
+    fn sleep_outside(&self, guard: &mut Guard<'_>, left: Jiffies, who: Who) -> Result<Jiffies> {
+        let returned = guard.state().returned;
+        let left = self.sleep(guard, left, who)?;
+
+        if guard.state().returned == returned {
+            Ok(left)
+        } else {
+            Ok(msecs_to_jiffies(TIMEOUT_MS))
+        }
     }
 
     /// Has the host forget the resource that `held` belongs to, and lets go of `held` then. Does
@@ -1042,9 +1077,11 @@ impl Queue {
         }
     }
 
-    /// The host has forgotten everything: there is nothing that it was to be told.
-    pub(crate) fn forget(&self) {
-        Engine::drop_list(&self.0.handler().limbo);
+    /// The host has forgotten everything, and what it was to be told to forget, too. Returns what
+    /// was kept for that.
+    #[must_use]
+    pub(crate) fn forget(&self) -> Option<KBox<Held>> {
+        Engine::take(&self.0.handler().limbo)
     }
 }
 

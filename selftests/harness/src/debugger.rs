@@ -79,6 +79,13 @@ impl Debugger {
         Ok(())
     }
 
+    /// Lets the guest carry out one instruction: the one where it has stopped would stop it again.
+    pub fn step(&mut self) -> Result<()> {
+        let stop = self.ask("s")?;
+        ensure!(stop.starts_with('T'), "the guest did not step: {stop}");
+        Ok(())
+    }
+
     /// Sets a variable of the kernel of four bytes.
     pub fn set(&mut self, variable: &str, value: u32) -> Result<()> {
         let bytes = hex(&value.to_le_bytes());

@@ -477,8 +477,11 @@ fn names(phase: Phase, command: &str, fault: &str) -> (Vec<String>, bool) {
         "garbage" if command == "GET_DISPLAY_INFO" => &[],
         "token twice" => &["is not a head"],
         "bad descriptor id" => &["out of range"],
+        // Whoever waits for this waits for everything else as well.
+        "no answer" if phase == Phase::Freeze && command != "STATUS_FREEZING" => {
+            &["the host does not answer"]
+        }
         "no answer" if waits => return (vec![format!("no answer to {command} within")], false),
-        "no answer" if phase == Phase::Freeze => &["the host does not answer"],
         "no answer" if is_lost(phase, command, fault) => &["the device did not come back"],
         // Nobody waits for it.
         "no answer" => return (Vec::new(), true),

@@ -18,6 +18,7 @@ use virtgpu_lab::debugger::Debugger;
 use virtgpu_lab::screen;
 use virtgpu_lab::suspend::Sleep;
 use virtgpu_lab::vm::{
+    GPU,
     LIMIT,
     Machine,
     Mark,
@@ -55,6 +56,19 @@ pub fn trials() -> Vec<Trial> {
             broken_queue(case, true)
         }),
         trial("reset::broken_queue::always", always_broken),
+        trial("reset::broken_queue::slowly", slowly),
+        trial("reset::broken_queue::suspend", |case| {
+            broken_on_the_way(case, &Machine::on_reference_host(&["--freezing", "off"]))
+        }),
+        trial("reset::broken_queue::no_soft_reset", |case| {
+            broken_on_the_way(
+                case,
+                &Machine {
+                    host: Some(vec!["--freezing".into(), "off".into()]),
+                    ..Machine::behind_root_port(&format!("{REFERENCE},x-pcie-pm-no-soft-reset=on"))
+                },
+            )
+        }),
         trial("reset::needs_reset", needs_reset),
         trial("reset::function::enabled_twice", enabled_twice),
         trial("reset::failed::enable", |case| {
@@ -64,6 +78,7 @@ pub fn trials() -> Vec<Trial> {
             failed(case, "virtio_device_reset_done")
         }),
         trial("reset::failed::restore", failed_restore),
+        trial("reset::failed::memory", failed_memory),
         trial("reset::wedged::suspend", |case| {
             wedged(case, |vm| Sleep::S3.cycle(vm))
         }),
@@ -108,6 +123,52 @@ fn broken_queue(case: &mut Case, flips: bool) -> Result<()> {
         }
     }
     client.draw(vm, 2)?;
+    client.end(vm)
+}
+
+/// Recovery takes longer than the host may take for an answer, and what is drawn meanwhile appears.
+fn slowly(case: &mut Case) -> Result<()> {
+    const BUFFERS: usize = 104;
+    const RING: usize = 16;
+    case.expect_in_log("is not a head");
+    let device = REFERENCE.replace("vq_size=256", &format!("vq_size={RING}"));
+    let vm = case.boot(&Machine {
+        devices: vec![format!("{device},id={GPU}")],
+        ..Machine::on_reference_host(&[])
+    })?;
+    let client = Client::start(vm, 0, &[REFERENCE_SIZE])?;
+    let mark = vm.mark();
+    let holder = vm.start_program(&["virtgpu-guest", "hold", &BUFFERS.to_string()])?;
+    vm.wait_line(holder, "holding", mark)?;
+    // Six seconds and a half: as many at a time as the ring holds. The client gives up after ten.
+    control(vm, "fault RESOURCE_ATTACH_BACKING: answer after 1 s")?;
+    control(vm, "fault 1st RESOURCE_FLUSH: bad descriptor id")?;
+    client.draw_unseen(vm, 1)?;
+    vm.wait_console("the device does not work", mark)?;
+    client.draw(vm, 2)?;
+    vm.wait_console("resources recovered", mark)?;
+    vm.hang_up(holder)?;
+    vm.wait_end(holder)?;
+    client.end(vm)
+}
+
+/// The queue breaks while the guest goes down, and while it comes back, which nobody waits for.
+fn broken_on_the_way(case: &mut Case, machine: &Machine) -> Result<()> {
+    case.expect_in_log("is not a head");
+    let vm = case.boot(machine)?;
+    let client = Client::start(vm, 0, &[REFERENCE_SIZE])?;
+    for (seed, fault) in (0..).zip([
+        // When the display is turned off.
+        "1st SET_SCANOUT",
+        // When its resources are there again.
+        "1st GET_DISPLAY_INFO",
+        "1st GET_EDID",
+    ]) {
+        control(vm, &format!("fault {fault}: bad descriptor id"))?;
+        Sleep::S3.cycle(vm)?;
+        client.expect(vm, seed)?;
+        client.draw(vm, seed + 1)?;
+    }
     client.end(vm)
 }
 
@@ -250,6 +311,37 @@ fn failed_restore(case: &mut Case) -> Result<()> {
         client.expect(vm, time - 1)?;
         client.draw(vm, time)?;
         vm.resize_window(0, 800 + 8 * u16::from(time), 600)?;
+    }
+    client.end(vm)
+}
+
+/// There is no memory for anything but the first command when the resources are recovered, and some when they are shown.
+fn failed_memory(case: &mut Case) -> Result<()> {
+    const NO_MEMORY: i32 = -12;
+    /// Two of the client's and one of the console's.
+    const RESOURCES: usize = 3;
+    case.expect_in_log("*ERROR* resumed, 4 commands to recover");
+    let vm = case.boot(&Machine {
+        debugger: true,
+        ..Machine::with_gpu("virtio-gpu-pci")
+    })?;
+    let client = Client::start(vm, 0, &[SIZE])?;
+    for time in 1..=TIMES {
+        let mut debugger = Debugger::halt(vm)?;
+        let mark = vm.mark();
+        let writer = vm.start_program(&["sh", "-c", SLEEP])?;
+        // What is on the screen is created, but not given its backing. Then it is the turn of each resource.
+        debugger.run_until("virtio_device_restore")?;
+        debugger.run_until("virtqueue_add_sgs")?;
+        debugger.step()?;
+        for _ in 0..1 + RESOURCES {
+            debugger.return_from("virtqueue_add_sgs", NO_MEMORY)?;
+        }
+        debugger.go()?;
+        vm.wait_end(writer)?;
+        vm.wait_console("4 commands to recover 3 resources", mark)?;
+        client.expect(vm, time - 1)?;
+        client.draw(vm, time)?;
     }
     client.end(vm)
 }
