@@ -214,14 +214,12 @@ fn set_scanout(drm: &Device, scanout: u32, resource: u32, rect: Rect) -> Result 
     if let Some(shown) = drm.screens.lock().get_mut(scanout as usize) {
         *shown = Shown { resource, rect };
     }
-    drm.queue
-        .submit(
-            &command::set_scanout(scanout, resource, rect),
-            None,
-            Token::unattended::<uapi::SetScanout>(None),
-            Who::Kernel,
-        )
-        .map_err(|rejected| rejected.error)
+    drm.queue.submit(
+        &command::set_scanout(scanout, resource, rect),
+        None,
+        Token::unattended::<uapi::SetScanout>(None),
+        Who::Kernel,
+    )
 }
 
 /// The error of a command that belongs to a commit. On a device that is gone or wedged there is

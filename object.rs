@@ -41,7 +41,6 @@ use crate::{
         Rect, //
     },
     driver::DrmDriver,
-    pm,
     queue::{
         Held,
         Queue,
@@ -55,6 +54,9 @@ use crate::{
 
 /// Bytes of a pixel: all formats of the driver have 32 bits.
 pub(crate) const CPP: u32 = 4;
+
+/// The resource that tells whether the host has kept its resources. No object gets this id.
+pub(crate) const SENTINEL: u32 = u32::MAX;
 
 /// What a resource was made from, and is made from again.
 pub(crate) struct Resource {
@@ -120,7 +122,7 @@ impl Resource {
                 ),
             };
 
-            sent.map_err(|rejected| rejected.error)?;
+            sent?;
             self.told.store(told + 1, Relaxed);
         }
         Ok(())
@@ -128,26 +130,22 @@ impl Resource {
 
     /// Sends the contents to the host: a rectangle of it. Lines are `pitch` bytes apart.
     pub(crate) fn transfer(&self, queue: &Queue, rect: Rect, offset: u64) -> Result {
-        queue
-            .submit(
-                &command::transfer_to_host_2d(self.id, offset, rect),
-                None,
-                Token::unattended::<uapi::TransferToHost2d>(None),
-                Who::Kernel,
-            )
-            .map_err(|rejected| rejected.error)
+        queue.submit(
+            &command::transfer_to_host_2d(self.id, offset, rect),
+            None,
+            Token::unattended::<uapi::TransferToHost2d>(None),
+            Who::Kernel,
+        )
     }
 
     /// Brings a rectangle onto every scanout that shows the resource.
     pub(crate) fn flush(&self, queue: &Queue, rect: Rect) -> Result {
-        queue
-            .submit(
-                &command::resource_flush(self.id, rect),
-                None,
-                Token::unattended::<uapi::ResourceFlush>(None),
-                Who::Kernel,
-            )
-            .map_err(|rejected| rejected.error)
+        queue.submit(
+            &command::resource_flush(self.id, rect),
+            None,
+            Token::unattended::<uapi::ResourceFlush>(None),
+            Who::Kernel,
+        )
     }
 }
 
@@ -192,8 +190,8 @@ impl Resources {
     ) -> Result<Arc<Resource>> {
         // Four billion buffers later, and never the sentinel.
         let id = self.next_id.fetch_add(1, Relaxed);
-        if id == 0 || id == pm::SENTINEL {
-            self.next_id.store(pm::SENTINEL, Relaxed);
+        if id == 0 || id == SENTINEL {
+            self.next_id.store(SENTINEL, Relaxed);
             return Err(ENOSPC);
         }
 
@@ -315,8 +313,7 @@ impl Resources {
                         Token::unattended::<uapi::ResourceFlush>(Some(tally)),
                         Who::Pm,
                     )
-                })
-                .map_err(|rejected| rejected.error);
+                });
 
             match sent {
                 // As in `make_again()`.

@@ -50,7 +50,10 @@ use crate::{
     command,
     display,
     driver::Device,
-    object::Screens,
+    object::{
+        Screens,
+        SENTINEL, //
+    },
     queue::{
         Gate,
         Tally,
@@ -59,9 +62,6 @@ use crate::{
     },
     uapi, //
 };
-
-/// The resource that tells whether the host has kept its resources. No object gets this id.
-pub(crate) const SENTINEL: u32 = u32::MAX;
 
 /// Where the driver stands between suspend and resume; see [`State`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

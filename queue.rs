@@ -512,9 +512,9 @@ fn dequeue(queues: &Arc<Virtqueues<Engine, NUM_QUEUES>>, index: usize) {
 }
 
 /// A command that did not make it into the ring, with all that it carried.
-pub(crate) struct Rejected {
-    pub(crate) error: Error,
-    pub(crate) token: Token,
+struct Rejected {
+    error: Error,
+    token: Token,
 }
 
 /// A command whose answer somebody wants to have; see [`Queue::ask`].
@@ -791,10 +791,11 @@ impl Queue {
         payload: Option<&Arc<Payload>>,
         token: Token,
         who: Who,
-    ) -> Result<(), Rejected> {
+    ) -> Result {
         let mut response = Response::Inline(command::HEADER_LEN);
 
         self.submit_bytes(command.as_bytes(), payload, &mut response, token, who, true)
+            .map_err(|rejected| rejected.error)
     }
 
     /// Like [`Queue::submit`], but does not wait.
@@ -807,7 +808,7 @@ impl Queue {
         payload: Option<&Arc<Payload>>,
         token: Token,
         who: Who,
-    ) -> Result<(), Rejected> {
+    ) -> Result {
         let mut response = Response::Inline(command::HEADER_LEN);
 
         self.submit_bytes(
@@ -818,6 +819,7 @@ impl Queue {
             who,
             false,
         )
+        .map_err(|rejected| rejected.error)
     }
 
     fn submit_bytes(
@@ -1012,8 +1014,16 @@ impl Queue {
     /// Returns what can be dropped at once: the host cannot be told, nor reach it, any more.
     pub(crate) fn unref(&self, held: KBox<Held>) -> Option<KBox<Held>> {
         let command = command::resource_unref(held.resource);
+        let sent = self.submit_bytes(
+            command.as_bytes(),
+            None,
+            &mut Response::Inline(command::HEADER_LEN),
+            Token::release(held),
+            Who::Kernel,
+            false,
+        );
 
-        match self.try_submit(&command, None, Token::release(held), Who::Kernel) {
+        match sent {
             Ok(()) => {
                 self.kick(CTRL);
                 None
