@@ -429,7 +429,8 @@ fn come_up(drm: &Device, state: &mut State, connect: impl FnOnce() -> Result) ->
 /// Brings a device back that has queues. One that breaks them while it is brought back, or has done
 /// so while nobody looked, has to be reset, and gets another chance.
 fn come_back(drm: &Device, state: &mut State, mut reset: bool) -> Result {
-    loop {
+    // Bounded here, too: one that takes its time to misbehave is forgiven each time.
+    for _ in 0..=RESETS_MAX {
         if !drm.queue.needs_reset() {
             let result = revive(drm, state, reset);
 
@@ -439,12 +440,12 @@ fn come_back(drm: &Device, state: &mut State, mut reset: bool) -> Result {
             }
         }
         if !state.resets.allow() {
-            return Err(EIO);
+            break;
         }
-        state.promised = false;
         drm.queue.restart()?;
         reset = true;
     }
+    Err(EIO)
 }
 
 /// Nothing more is expected of the device until it is reset.
@@ -524,6 +525,8 @@ fn revive(drm: &Device, state: &mut State, reset: bool) -> Result {
         });
 
         if let Err(e) = told {
+            // It is told again, if it has not heard of it.
+            state.promised = [ECANCELED, EIO, ENODEV, ENOMEM].contains(&e);
             dev_err!(
                 drm.as_ref(),
                 "*ERROR* the host was not told of the resume: {:?}\n",

@@ -285,13 +285,17 @@ impl<T: Driver> Adapter<T> {
         // SAFETY: As for `suspend_callback()`.
         let vdev = unsafe { container_of!(dev, bindings::virtio_device, dev) };
 
+        // Where the transport failed to bring the device back, they are still off. The driver gets
+        // another chance now.
+        //
+        // SAFETY: `vdev` is valid, and bound: the PM core calls this for nothing else, with the
+        // device lock held. This is process context, and the lock of the configuration is free.
+        unsafe { bindings::virtio_config_core_enable(vdev) };
+
         // SAFETY: As for `suspend_callback()`.
         unsafe {
             Self::with_data(vdev, |dev, data| {
-                T::resume(dev, data, PmPhase::from_const::<PHASE>())?;
-                // The transport may have failed to bring back a device that works again now.
-                bindings::virtio_config_core_enable(vdev);
-                Ok(())
+                T::resume(dev, data, PmPhase::from_const::<PHASE>())
             })
         }
     }

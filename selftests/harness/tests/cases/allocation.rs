@@ -251,7 +251,7 @@ fn sleep(case: &mut Case, machine: &Machine, size: (u32, u32)) -> Result<()> {
         "echo 0 > /sys/power/pm_async && echo devices > /sys/power/pm_test && dmesg -c > /dev/null",
     )?;
     let act = ["write", "/sys/power/state", "mem"];
-    let mut client = Client::start(vm, 0, &[size])?;
+    let client = Client::start(vm, 0, &[size])?;
     each(|nth| {
         let seed = nth as u8;
         let tried = short(vm, nth, &act)?;
