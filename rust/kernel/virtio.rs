@@ -525,8 +525,7 @@ pub trait Driver {
     /// The way back from [`Driver::suspend`], after [`Driver::restore`].
     ///
     /// [`Driver::restore`] is not called where the transport or the virtio core fails before its
-    /// turn comes. A driver that returns successfully from this is told of configuration changes
-    /// again, even then.
+    /// turn comes. The driver is told of configuration changes again from here on, even then.
     ///
     /// `phase` need not be the one of the last [`Driver::suspend`]: the kernel in a hibernation
     /// image was last told of [`PmPhase::Freeze`], and finds itself in [`PmPhase::PowerOff`].
