@@ -691,8 +691,7 @@ impl Queue {
         (0..NUM_QUEUES).any(|index| self.0.lock(index).is_broken())
     }
 
-    /// Tells the driver that the device has to be reset, in the way that a device does it which asks
-    /// for that by itself.
+    /// Tells the driver that the device has to be reset, in the way of a device that asks for it.
     fn report_broken(&self) {
         for index in 0..NUM_QUEUES {
             self.0.lock(index).state().shut();
