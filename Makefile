@@ -10,7 +10,7 @@ virtgpu-rs-y := virtgpu_rs.o
 else
 
 MAKEFLAGS += --no-print-directory
-export KDIR KERNEL_CONFIG DRM_VIRTGPU_RS DRIVER DISPLAY_BACKEND HOST CASES GOLDEN
+export KDIR KERNEL_CONFIG DRM_VIRTGPU_RS DRIVER DISPLAY_BACKEND HOST CASES GUESTS GOLDEN
 
 .PHONY: help kernel run test soak shell bench check clean clean-cache
 
@@ -48,6 +48,7 @@ clean-cache:
 #: HOST=reference           on the reference host, which keeps everything while the guest sleeps (run)
 #: DISPLAY_BACKEND=gtk|sdl  in a window (run; the reference host has none)
 #: CASES="name ..."         only the cases whose name contains one of these (test, soak)
+#: GUESTS=number            how many guests run at once (test, soak; default: 2, each takes up to 1 GiB of memory)
 #: GOLDEN=write             write anew what the golden cases compare the driver's commands with (test)
 #: DRM_VIRTGPU_RS=y         the driver built in
 #: KERNEL_CONFIG=name|file  a configuration of scripts/configs (guest, debug, nosleep), or a file

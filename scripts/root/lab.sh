@@ -34,7 +34,7 @@ run_cases()
 	local name status=0
 
 	for name in "${cases[@]:-$1}"; do
-		cargo test --release --package virtgpu-lab --test cases -- "${@:2}" "$name" || status=$?
+		cargo test --release --package virtgpu-lab --test cases -- ${GUESTS:+--test-threads="$GUESTS"} "${@:2}" "$name" || status=$?
 	done
 	return "$status"
 }
