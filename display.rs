@@ -214,6 +214,9 @@ fn set_scanout(drm: &Device, scanout: u32, resource: u32, rect: Rect) -> Result 
     if let Some(shown) = drm.screens.lock().get_mut(scanout as usize) {
         *shown = Shown { resource, rect };
     }
+    if let Some(dark) = drm.dark.get(scanout as usize) {
+        dark.store(false, Relaxed);
+    }
     drm.queue.submit(
         &command::set_scanout(scanout, resource, rect),
         None,
@@ -347,18 +350,16 @@ impl DriverPlane for Primary {
         let damage = picture.rect(damage);
         let resource = picture.resource;
         let offset = damage.offset(picture.pitch, CPP);
-        let mut missing = false;
         let sent = picture
             .sync(drm)
             .and_then(|()| picture.object.complete())
-            .and_then(|new| {
-                missing = new;
-                resource.transfer(&drm.queue, damage, offset)
-            });
+            .and_then(|()| resource.transfer(&drm.queue, damage, offset));
+        let dark = drm.dark.get(plane.scanout as usize);
+        let dark = dark.is_some_and(|dark| dark.load(Relaxed));
 
         report(drm, "a picture", sent);
         // The mode was set with nothing to be seen, whether the framebuffer is a new one or not.
-        if missing || update.fb_changed() || update.src_changed() || update.needs_modeset() {
+        if dark || update.fb_changed() || update.src_changed() || update.needs_modeset() {
             let src = picture.rect(update.src());
 
             report(

@@ -79,14 +79,19 @@ pub(crate) struct Gpu {
     /// What the scanouts were last told to show.
     #[pin]
     pub(crate) screens: SpinLock<Screens>,
+    /// The scanouts that recovery had no memory to show.
+    pub(crate) dark: [Atomic<bool>; uapi::MAX_SCANOUTS],
     #[pin]
     pub(crate) pm: Mutex<pm::State>,
     #[pin]
     config_changed: Work<Device, 0>,
+    #[pin]
+    hotplug: Work<Device, 1>,
 }
 
 impl_has_work! {
     impl HasWork<Device, 0> for Gpu { self.config_changed }
+    impl HasWork<Device, 1> for Gpu { self.hotplug }
 }
 
 impl Gpu {
@@ -99,8 +104,10 @@ impl Gpu {
             freezing: Atomic::new(false),
             resources,
             screens <- new_spinlock!(Screens::default()),
+            dark: [const { Atomic::new(false) }; uapi::MAX_SCANOUTS],
             pm <- new_mutex!(pm::State::new()),
             config_changed <- new_work!("virtgpu_rs::config_changed"),
+            hotplug <- new_work!("virtgpu_rs::hotplug"),
         }))
     }
 
@@ -115,8 +122,18 @@ impl WorkItem<0> for Gpu {
 
     fn run(drm: Self::Pointer) {
         if pm::config_changed(&drm) {
-            drm.hotplug_event();
+            // Not here: it sets a mode on the console, and a device that breaks then is mended
+            // here. Already queued is as good.
+            let _ = workqueue::system_percpu().enqueue::<ARef<Device>, 1>(drm);
         }
+    }
+}
+
+impl WorkItem<1> for Gpu {
+    type Pointer = ARef<Device>;
+
+    fn run(drm: Self::Pointer) {
+        drm.hotplug_event();
     }
 }
 
@@ -256,6 +273,7 @@ impl virtio::Driver for VirtioDriver {
 
         drm.queue.stop(false, Gate::Gone);
         drm.config_changed.flush();
+        drm.hotplug.flush();
     }
 
     fn shutdown<'bound>(dev: &'bound virtio::Device<Core<'_>>, this: Pin<&Self::Data<'bound>>) {

@@ -270,10 +270,16 @@ impl Resources {
     /// in `screens`, which comes first. The commands are in the queue when this returns, and the
     /// host has been told; what becomes of them is in `tally` when the queue is idle.
     ///
+    /// A scanout that there is no memory for is `dark`.
+    ///
     /// Returns how many resources there are.
-    pub(crate) fn recover(&self, screens: &Screens, tally: &Arc<Tally>) -> Result<usize> {
+    pub(crate) fn recover(
+        &self,
+        screens: &Screens,
+        dark: &[Atomic<bool>],
+        tally: &Arc<Tally>,
+    ) -> Result<usize> {
         let queue = &self.queue;
-
         let live = self.live.lock();
         let forgotten = queue.forget();
 
@@ -283,41 +289,16 @@ impl Resources {
         drop(live);
         drop(forgotten);
 
-        for (scanout, shown) in (0..).zip(screens) {
+        for (scanout, (shown, dark)) in (0..).zip(screens.iter().zip(dark)) {
             if shown.resource == 0 {
                 continue;
             }
-            match self.make(shown.resource, FILLED, Who::Pm, Some(tally)) {
-                Ok(true) => {}
-                Ok(false) => continue,
-                // As in `make_again()`, which has another try below. It is shown by the next
-                // commit, see `Object::complete()`.
+            match self.show_again(scanout, shown, tally) {
+                // As in `make_again()`, which has another try below. The next commit shows it.
                 Err(e) if e == ENOMEM || e == E2BIG => {
+                    dark.store(true, Relaxed);
                     tally.fail();
-                    continue;
                 }
-                Err(e) => return Err(e),
-            }
-
-            let sent = queue
-                .submit(
-                    &command::set_scanout(scanout, shown.resource, shown.rect),
-                    None,
-                    Token::unattended::<uapi::SetScanout>(Some(tally)),
-                    Who::Pm,
-                )
-                .and_then(|()| {
-                    queue.submit(
-                        &command::resource_flush(shown.resource, shown.rect),
-                        None,
-                        Token::unattended::<uapi::ResourceFlush>(Some(tally)),
-                        Who::Pm,
-                    )
-                });
-
-            match sent {
-                // As in `make_again()`.
-                Err(e) if e == ENOMEM => tally.fail(),
                 result => result?,
             }
         }
@@ -338,6 +319,27 @@ impl Resources {
         }
         queue.kick(CTRL);
         Ok(count)
+    }
+
+    /// Has the host show a resource that it has forgotten, if there is one.
+    fn show_again(&self, scanout: u32, shown: &Shown, tally: &Arc<Tally>) -> Result {
+        let queue = &self.queue;
+
+        if !self.make(shown.resource, FILLED, Who::Pm, Some(tally))? {
+            return Ok(());
+        }
+        queue.submit(
+            &command::set_scanout(scanout, shown.resource, shown.rect),
+            None,
+            Token::unattended::<uapi::SetScanout>(Some(tally)),
+            Who::Pm,
+        )?;
+        queue.submit(
+            &command::resource_flush(shown.resource, shown.rect),
+            None,
+            Token::unattended::<uapi::ResourceFlush>(Some(tally)),
+            Who::Pm,
+        )
     }
 
     /// Has the host make a resource that it has forgotten. Returns whether there is one.
@@ -376,15 +378,14 @@ impl Object {
     /// Makes sure that the host has its side of the object, which there may have been no memory
     /// for when it was recovered. It learns of it with the next [`Queue::kick`].
     ///
-    /// Returns whether something was missing; then no scanout shows it either.
-    ///
     /// Context and errors: as for [`Queue::submit`].
-    pub(crate) fn complete(&self) -> Result<bool> {
+    pub(crate) fn complete(&self) -> Result {
         match self.resource() {
-            Some(resource) if resource.told.load(Relaxed) < BACKED => {
-                self.resources.make(resource.id, FILLED, Who::Kernel, None)
-            }
-            _ => Ok(false),
+            Some(resource) if resource.told.load(Relaxed) < BACKED => self
+                .resources
+                .make(resource.id, FILLED, Who::Kernel, None)
+                .map(drop),
+            _ => Ok(()),
         }
     }
 }

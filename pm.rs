@@ -556,7 +556,7 @@ fn revive(drm: &Device, state: &mut State, reset: bool) -> Result {
     } else {
         let screens = state.display.unwrap_or_else(|| *drm.screens.lock());
         let tally = Tally::new()?;
-        let count = drm.resources.recover(&screens, &tally)?;
+        let count = drm.resources.recover(&screens, &drm.dark, &tally)?;
 
         if !queue.wait_idle() {
             return Err(ETIMEDOUT);

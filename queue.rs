@@ -305,6 +305,9 @@ pub(crate) struct Engine {
     refusals: Atomic<u32>,
     /// What the host says of its resources.
     word: Atomic<u32>,
+    /// The host has refused to create a resource. It does not know all of them, and has kept its
+    /// word all the same.
+    short: Atomic<bool>,
 }
 
 /// Nothing that anybody relies on.
@@ -334,6 +337,7 @@ impl Engine {
             limbo <- new_spinlock!(None),
             refusals: Atomic::new(0),
             word: Atomic::new(NO_WORD),
+            short: Atomic::new(false),
         })
     }
 
@@ -352,7 +356,11 @@ impl Engine {
                 count
             );
         }
+        if command == uapi::ResourceCreate2d::TYPE {
+            self.short.store(true, Relaxed);
+        }
         if ty == uapi::resp::ERR_INVALID_RESOURCE_ID
+            && !self.short.load(Relaxed)
             && self.word.cmpxchg(KEPT, BROKEN, Relaxed).is_ok()
         {
             dev_warn!(self.dev, "the host did not keep all of its resources\n");
@@ -670,7 +678,8 @@ impl Queue {
     }
 
     /// Takes the host's word that it has kept its resources over a reset: if it refuses one as
-    /// unknown, [`Queue::needs_reset`] is true, once.
+    /// unknown, [`Queue::needs_reset`] is true, once. A host that has refused to create a resource
+    /// does not know that one, which proves nothing.
     pub(crate) fn trust(&self) {
         self.0.handler().word.store(KEPT, Relaxed);
     }
@@ -1090,7 +1099,10 @@ impl Queue {
     /// was kept for that.
     #[must_use]
     pub(crate) fn forget(&self) -> Option<KBox<Held>> {
-        Engine::take(&self.0.handler().limbo)
+        let engine = self.0.handler();
+
+        engine.short.store(false, Relaxed);
+        Engine::take(&engine.limbo)
     }
 }
 
