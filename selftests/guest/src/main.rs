@@ -91,6 +91,11 @@ enum What {
         #[command(subcommand)]
         act: shortage::Act,
     },
+    /// Create a buffer of this size, of scattered pages, while the kernel has no two pages side by side for that.
+    Scattered {
+        #[arg(value_parser = parse_size)]
+        size: (u16, u16),
+    },
     /// Keep alarms of which one is about to go off, until the end of standard input or for two minutes: the kernel refuses to suspend.
     Alarm,
     /// Print the driver's name and version, the connectors and their modes, as JSON.
@@ -120,6 +125,7 @@ fn main() -> Result<ExitCode> {
         What::Hold { count } => buffers::hold(&Card::open()?, count)?,
         What::Create { size } => buffers::create(&Card::open()?, size)?,
         What::Short { nth, act } => act.run(nth)?,
+        What::Scattered { size } => shortage::create_scattered(&Card::open()?, size)?,
         What::Alarm => alarm::hold()?,
         What::Info => println!("{}", serde_json::to_string(&Card::open()?.info()?)?),
         What::Framebuffers => println!("{}", serde_json::to_string(&Card::open()?.shown()?)?),

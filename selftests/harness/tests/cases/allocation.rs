@@ -19,7 +19,9 @@ use virtgpu_lab::kernel::{
     Kernel, //
 };
 use virtgpu_lab::vm::{
+    GPU,
     Machine,
+    REFERENCE,
     Vm, //
 };
 
@@ -43,6 +45,9 @@ const NODE: &str = "[ -e /dev/dri/card0 ] || {
      mkdir -p /dev/dri && IFS=: read major minor < /sys/class/drm/card0/dev && mknod /dev/dri/card0 c $major $minor
  }";
 
+/// What the driver says of a device that it can do nothing more with.
+const NOT_BACK: &str = "*ERROR* the device did not come back";
+
 /// No fewer allocations than this are made by any of the things that are tried.
 const FEW: u32 = 5;
 
@@ -54,6 +59,8 @@ pub fn trials() -> Vec<Trial> {
         trial("allocation::probe", probe),
         trial("allocation::modeset", modeset),
         trial("allocation::dumb", dumb),
+        trial("allocation::reset", reset),
+        trial("allocation::scattered", scattered),
         trial("allocation::sleep::recovered", |case| {
             sleep(case, &Machine::with_gpu("virtio-gpu-pci"), SIZE)
         }),
@@ -237,9 +244,81 @@ fn dumb(case: &mut Case) -> Result<()> {
     expect_no_leaks(vm)
 }
 
+/// The PCI function is reset, while everybody is awake.
+fn reset(case: &mut Case) -> Result<()> {
+    for text in [NOT_BACK, "*ERROR* reset, ", "*ERROR* no display info"] {
+        case.expect_in_log(text);
+    }
+    case.boot(&Machine::behind_root_port("virtio-gpu-pci"))?;
+    prepare(case, Whose::Driver)?;
+    let vm = case.vm()?;
+    let device = vm.run(
+        "cd -P /sys/class/drm/card0/device && echo flr > reset_method && pwd && dmesg -c > /dev/null",
+    )?;
+    let file = format!("{}/reset", device.trim());
+    let act = ["write", &file, "1"];
+    let client = Client::start(vm, 0, &[SIZE])?;
+    each(|nth| {
+        let seed = nth as u8;
+        let tried = short(vm, nth, &act)?;
+        if vm.run("dmesg -c")?.contains(NOT_BACK) {
+            // It does the next time.
+            client.draw_unseen(vm, seed)?;
+            let again = short(vm, 0, &act)?;
+            ensure!(again.error.is_none(), "and then: {:?}", again.error);
+            client.expect(vm, seed)?;
+        } else {
+            // What there was no memory to show is shown as soon as it is drawn.
+            client.draw_and_show_part(vm, seed, [0, 0, SIZE.0, SIZE.1])?;
+            client.expect(vm, seed)?;
+        }
+        Ok(tried.failed)
+    })?;
+    client.end(vm)?;
+    expect_no_leaks(vm)
+}
+
+/// The list of a buffer's pages lies in so many pieces of memory that the ring can never hold them: that is an error, at once.
+fn scattered(case: &mut Case) -> Result<()> {
+    let host =
+        Machine::on_reference_host(&["--display", "640x480", "--features", "edid,event-idx"]);
+    case.boot(&Machine {
+        devices: vec![format!(
+            "{},id={GPU}",
+            REFERENCE.replace("vq_size=256", "vq_size=16")
+        )],
+        ..host
+    })?;
+    prepare(case, Whose::Thread)?;
+    let vm = case.vm()?;
+    let client = Client::start(vm, 0, &[HOST_SIZE])?;
+    vm.run(
+        "cd /sys/kernel/debug/fail_page_alloc && echo N > ignore-gfp-highmem && echo 1 > min-order &&
+         echo Y > task-filter && echo 100 > probability && echo -1 > times",
+    )?;
+    let create = |vm: &mut Vm, size: &str| -> Result<Option<String>> {
+        let mark = vm.mark();
+        let program = vm.start_program(&["virtgpu-guest", "scattered", size])?;
+        let tried = vm.wait_line(program, "tried ", mark)?;
+        vm.wait_end(program)?;
+        Ok(Tried::parse(&tried)?.error)
+    };
+    for seed in 1..=3 {
+        let error = create(vm, "2560x2048")?;
+        ensure!(
+            error.as_deref() == Some("Argument list too long (os error 7)"),
+            "a large buffer: {error:?}"
+        );
+        let error = create(vm, "640x480")?;
+        ensure!(error.is_none(), "a small buffer: {error:?}");
+        client.draw(vm, seed)?;
+    }
+    client.end(vm)?;
+    expect_no_leaks(vm)
+}
+
 /// The devices are suspended, and resumed.
 fn sleep(case: &mut Case, machine: &Machine, size: (u32, u32)) -> Result<()> {
-    const NOT_BACK: &str = "*ERROR* the device did not come back";
     const OFF: &str = "*ERROR* cannot resume the display";
     for text in [
         NOT_BACK,

@@ -124,6 +124,7 @@ pub fn trials() -> Vec<Trial> {
         trial("freezing::screen_first", screen_first),
         trial("freezing::forgotten::shown", forgotten_shown),
         trial("freezing::forgotten::held", forgotten_held),
+        trial("freezing::never_made", never_made),
         trial("freezing::lost", lost),
         trial("freezing::objects", objects),
     ]);
@@ -666,6 +667,41 @@ fn forgotten_held(case: &mut Case) -> Result<()> {
         );
         client.draw(vm, seed)?;
     }
+    client.end(vm)
+}
+
+/// A host that had no memory for a buffer does not know it after it has slept either, and has kept its word: it is not reset.
+fn never_made(case: &mut Case) -> Result<()> {
+    case.expect_in_log("*ERROR* response 0x1201");
+    case.expect_in_log("*ERROR* response 0x1203");
+    for command in [
+        "RESOURCE_CREATE_2D",
+        "RESOURCE_ATTACH_BACKING",
+        "RESOURCE_UNREF",
+    ] {
+        case.expect_refused(command);
+    }
+    let vm = case.boot(&Machine::on_reference_host(&[]))?;
+    let client = Client::start(vm, 0, &[SIZE])?;
+    for seed in 1..=2 {
+        host_of(vm).control("fault 1st RESOURCE_CREATE_2D: error 0x1201")?;
+        let mark = vm.mark();
+        let holder = vm.start_program(&["virtgpu-guest", "hold", "1"])?;
+        vm.wait_line(holder, "holding", mark)?;
+        Sleep::S3.cycle(vm)?;
+        vm.wait_console("resumed, the host kept its resources", mark)?;
+        let mark = vm.mark();
+        vm.say(holder, "release")?;
+        vm.wait_line(holder, "released", mark)?;
+        vm.wait_console("response 0x1203 (command 0x102 ", mark)?;
+        vm.hang_up(holder)?;
+        vm.wait_end(holder)?;
+        client.draw(vm, seed)?;
+    }
+    let record = host_of(vm).record()?;
+    let starts = record.iter().filter(|entry| entry.event == "start");
+    let starts = starts.count();
+    ensure!(starts == 3, "the device was set up {starts} times");
     client.end(vm)
 }
 

@@ -57,6 +57,7 @@ pub fn trials() -> Vec<Trial> {
         }),
         trial("reset::broken_queue::always", always_broken),
         trial("reset::broken_queue::slowly", slowly),
+        trial("reset::broken_queue::hotplug", broken_by_hotplug),
         trial("reset::broken_queue::suspend", |case| {
             broken_on_the_way(case, &Machine::on_reference_host(&["--freezing", "off"]))
         }),
@@ -123,6 +124,20 @@ fn broken_queue(case: &mut Case, flips: bool) -> Result<()> {
         }
     }
     client.draw(vm, 2)?;
+    client.end(vm)
+}
+
+/// A host that breaks its queue when the console takes possession of a new display is reset, and everything goes on.
+fn broken_by_hotplug(case: &mut Case) -> Result<()> {
+    case.expect_in_log("is not a head");
+    let options = ["--display", "1024x768", "--display", "off"];
+    let vm = case.boot(&Machine::on_reference_host(&options))?;
+    let mark = vm.mark();
+    control(vm, "fault 1st SET_SCANOUT: bad descriptor id")?;
+    control(vm, "hotplug 1 1024x768")?;
+    vm.wait_console("resources recovered", mark)?;
+    let client = Client::start(vm, 0, &[REFERENCE_SIZE, REFERENCE_SIZE])?;
+    client.draw(vm, 1)?;
     client.end(vm)
 }
 
