@@ -79,7 +79,7 @@ pub(crate) struct Gpu {
     /// What the scanouts were last told to show.
     #[pin]
     pub(crate) screens: SpinLock<Screens>,
-    /// The scanouts that recovery had no memory to show.
+    /// The scanouts that may not show what they were last told to.
     pub(crate) dark: [Atomic<bool>; uapi::MAX_SCANOUTS],
     #[pin]
     pub(crate) pm: Mutex<pm::State>,
@@ -266,14 +266,16 @@ impl virtio::Driver for VirtioDriver {
     fn unbind<'bound>(_dev: &'bound virtio::Device<Core<'_>>, this: Pin<&Self::Data<'bound>>) {
         let drm = &this.drm;
 
-        // Whoever is in a system call must find out: unplugging waits for them.
+        // Whoever is in a system call, or in one of these, must find out: unplugging waits for
+        // them.
         drm.queue.set_gate(Gate::Gone);
+        drm.config_changed.flush();
+        drm.hotplug.flush();
+
         let registration = this.registration.lock().take();
         drop(registration);
 
         drm.queue.stop(false, Gate::Gone);
-        drm.config_changed.flush();
-        drm.hotplug.flush();
     }
 
     fn shutdown<'bound>(dev: &'bound virtio::Device<Core<'_>>, this: Pin<&Self::Data<'bound>>) {
@@ -315,8 +317,8 @@ impl virtio::Driver for VirtioDriver {
         this: Pin<&Self::Data<'bound>>,
     ) -> Result {
         pm::restore(&this.drm, dev)?;
-        // The work item tells user space of other displays.
-        Self::config_changed(dev, this);
+        // The work item tells user space of other displays, once the virtio core is done here.
+        dev.notify_config_changed();
         Ok(())
     }
 

@@ -77,9 +77,7 @@ unsafe impl<T: Driver> driver::RegistrationOps for Adapter<T> {
             (*vdrv).feature_table_size = T::FEATURES.len().try_into()?;
             (*vdrv).probe = Some(Self::probe_callback);
             (*vdrv).remove = Some(Self::remove_callback);
-            if T::HAS_VALIDATE {
-                (*vdrv).validate = Some(Self::validate_callback);
-            }
+            (*vdrv).validate = Some(Self::validate_callback);
             if T::HAS_SHUTDOWN {
                 (*vdrv).shutdown = Some(Self::shutdown_callback);
             }
@@ -142,7 +140,16 @@ impl<T: Driver> Adapter<T> {
         // INVARIANT: `vdev` is valid for the duration of `validate_callback()`.
         let negotiation = Negotiation(unsafe { &*vdev.cast::<Device<device::Bound>>() });
 
-        from_result(|| T::validate(&negotiation).map(|()| 0))
+        // The queue for the administration of a group of devices belongs to virtio-pci, which cannot
+        // reset a device that had one and has no queues any more.
+        negotiation.clear_feature(bindings::VIRTIO_F_ADMIN_VQ);
+
+        from_result(|| {
+            if T::HAS_VALIDATE {
+                T::validate(&negotiation)?;
+            }
+            Ok(0)
+        })
     }
 
     extern "C" fn probe_callback(vdev: *mut bindings::virtio_device) -> c_int {
@@ -234,9 +241,9 @@ impl<T: Driver> Adapter<T> {
     }
 
     extern "C" fn freeze_callback(vdev: *mut bindings::virtio_device) -> c_int {
-        // SAFETY: Transports call this from their own system sleep callbacks. By then, no device
-        // is probed any more, user space, which could unbind the driver, is frozen, and the parent
-        // of the device, which could remove it, holds its own device lock.
+        // SAFETY: The virtio core calls this with the device lock held, and only for a device that
+        // has a driver. Probe and remove hold that lock too, and a device whose probe failed has
+        // no driver.
         unsafe { Self::with_data(vdev, |dev, data| T::freeze(dev, data)) }
     }
 
@@ -246,19 +253,17 @@ impl<T: Driver> Adapter<T> {
     }
 
     extern "C" fn reset_prepare_callback(vdev: *mut bindings::virtio_device) -> c_int {
-        // SAFETY: The virtio core calls this with the device lock held, and only for a device that
-        // has a driver. Probe and remove hold that lock too, and a device whose probe failed has
-        // no driver.
+        // SAFETY: As for `freeze_callback()`.
         unsafe { Self::with_data(vdev, |dev, data| T::reset_prepare(dev, data)) }
     }
 
     extern "C" fn reset_done_callback(vdev: *mut bindings::virtio_device) -> c_int {
-        // SAFETY: As for `reset_prepare_callback()`.
+        // SAFETY: As for `freeze_callback()`.
         unsafe { Self::with_data(vdev, |dev, data| T::reset_done(dev, data)) }
     }
 
     extern "C" fn reset_failed_callback(vdev: *mut bindings::virtio_device) {
-        // SAFETY: As for `reset_prepare_callback()`.
+        // SAFETY: As for `freeze_callback()`.
         unsafe {
             Self::with_data(vdev, |dev, data| {
                 T::reset_failed(dev, data);
@@ -554,7 +559,8 @@ pub trait Driver {
 /// accessed by this module, and is one of
 ///
 /// - NULL;
-/// - `CLOSED`, after which it does not change until the device is probed again;
+/// - `CLOSED`, which it is during [`Device::reset`], and from when the driver is unbound until the
+///   device is probed again;
 /// - a pointer to the `queue::Link` of the `Virtqueues` that are connected to this device, or are
 ///   about to be, which owns a reference to them.
 #[repr(transparent)]
@@ -595,7 +601,7 @@ impl<Ctx: device::DeviceContext> Device<Ctx> {
     }
 }
 
-/// What [`Device::link`] points to when no virtqueues may be connected any more.
+/// What [`Device::link`] points to when no virtqueues may be connected.
 const CLOSED: *mut queue::Link = ptr::without_provenance_mut(usize::MAX);
 
 impl Device<device::CoreInternal<'_>> {
@@ -631,6 +637,29 @@ impl Device<device::CoreInternal<'_>> {
     }
 }
 
+impl Device<device::Core<'_>> {
+    /// Resets the device and agrees with it on the features that were negotiated once.
+    ///
+    /// For a driver that has no queues, and wants to start over in the way of [`Driver::restore`].
+    /// One that has some calls [`queue::Virtqueues::restart`]. Process context.
+    ///
+    /// Errors: [`EBUSY`] if queues are connected, [`ENODEV`] if the device does not agree.
+    ///
+    /// C counterpart: `virtio_device_reinit()`.
+    pub fn reset(&self) -> Result {
+        // Nobody can find queues meanwhile. This does not meet `quiesce()`: both are called by the
+        // core, one after the other.
+        self.link()
+            .cmpxchg(ptr::null_mut(), CLOSED, Full)
+            .map_err(|_| EBUSY)?;
+
+        let result = self.reinit();
+
+        self.link().store(ptr::null_mut(), Release);
+        result
+    }
+}
+
 impl Device<device::Bound> {
     /// Returns a bound reference to the parent [`device::Device`], to which the transport is bound:
     /// a PCI function, for instance.
@@ -657,8 +686,8 @@ impl Device<device::Bound> {
 
         // SAFETY: By the type invariant `self.as_raw()` is a valid pointer to a
         // `struct virtio_device`. All of its feature words are always initialised, and `bit` is
-        // within them. They may be written at the same time when the device is restored, though
-        // only with what they hold, hence the volatile access.
+        // within them. They may be written at the same time when the device is restored, hence the
+        // volatile access; in the end they hold what they held before.
         let word = unsafe {
             (&raw const (*self.as_raw()).__bindgen_anon_1.features_array)
                 .cast::<u64>()
@@ -791,21 +820,6 @@ impl Device<device::Bound> {
 
         // All bits are set where there is no device any more.
         status != u8::MAX.into() && status & bindings::VIRTIO_CONFIG_S_NEEDS_RESET != 0
-    }
-
-    /// Resets the device and agrees with it on the features that were negotiated once.
-    ///
-    /// For a driver that has no queues, and wants to start over in the way of [`Driver::restore`].
-    /// One that has some calls [`queue::Virtqueues::restart`]. Process context.
-    ///
-    /// Errors: [`EBUSY`] if queues are connected, [`ENODEV`] if the device does not agree.
-    ///
-    /// C counterpart: `virtio_device_reinit()`.
-    pub fn reset(&self) -> Result {
-        if !self.link().load(Acquire).is_null() {
-            return Err(EBUSY);
-        }
-        self.reinit()
     }
 
     fn reinit(&self) -> Result {

@@ -618,14 +618,26 @@ impl<D: Driver> drm::Device<D> {
 
     /// Tells user space and in-kernel clients that connectors have changed.
     ///
+    /// Does nothing if the device has been unplugged. Process context.
+    ///
     /// C counterpart: `drm_kms_helper_hotplug_event()`.
     pub fn hotplug_event(&self) {
         let raw = self.as_raw();
+        let mut idx = 0;
 
         // SAFETY: `raw` was created by `UnregisteredDevice::new()`.
-        if unsafe { is_ready(raw) } {
+        if !unsafe { is_ready(raw) } {
+            return;
+        }
+
+        // The nodes of the device, for which the event is, must not be removed meanwhile.
+        //
+        // SAFETY: `raw` is a valid device.
+        if unsafe { bindings::drm_dev_enter(raw, &mut idx) } {
             // SAFETY: `raw` is a valid device with a complete mode configuration.
             unsafe { bindings::drm_kms_helper_hotplug_event(raw) };
+            // SAFETY: `idx` is from the `drm_dev_enter()` above.
+            unsafe { bindings::drm_dev_exit(idx) };
         }
     }
 

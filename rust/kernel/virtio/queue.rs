@@ -277,6 +277,7 @@ impl Ring {
                 + usize::from(!matches!(response, Response::None)),
         )?;
 
+        let idle = self.free.len() == self.slots.len();
         let index = *self.free.last().ok_or(ENOSPC)?;
         let slot = self.slots.get_mut(index).ok_or(EINVAL)?;
         let [request_list, response_list] = self.lists.get_mut(index).ok_or(EINVAL)?;
@@ -341,8 +342,9 @@ impl Ring {
         };
 
         to_result(ret).map_err(|e| {
-            if e == ENOSPC {
-                // There was room, but no memory for an indirect table.
+            // There was room, but no memory for an indirect table, nor as many descriptors without
+            // one; in an empty ring there are.
+            if e == ENOSPC && idle {
                 ENOMEM
             } else {
                 e
@@ -480,11 +482,6 @@ impl<T, S: Unpin> Guard<'_, T, S> {
             CondVarTimeoutResult::Woken { jiffies } => Ok(jiffies),
             CondVarTimeoutResult::Signal { .. } => Err(ERESTARTSYS),
         }
-    }
-
-    /// Returns whether there is a device at the other end.
-    pub fn connected(&self) -> bool {
-        self.0.connected.is_some()
     }
 
     /// Returns whether the device broke the rules of the queue, or has been removed. It gives back
@@ -636,7 +633,6 @@ impl Link {
 /// let refused = queue.add(&[0; 16], None, &mut Response::Inline(8), 42).err();
 ///
 /// assert!(refused.is_some_and(|refused| refused.error == ENODEV && refused.token == 42));
-/// assert!(!queue.connected());
 /// assert!(!queue.kick_prepare());
 /// assert_eq!(queue.in_flight(), 0);
 /// assert!(queue.get(&mut Answer::default()).is_none());
