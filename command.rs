@@ -192,7 +192,7 @@ pub(crate) fn resource_flush(resource_id: u32, rect: Rect) -> uapi::ResourceFlus
     }
 }
 
-/// Tells the host whether to keep everything over the resets to come.
+/// Tells the host whether to keep everything over the reset to come.
 pub(crate) fn status_freezing(freezing: bool) -> uapi::StatusFreezing {
     uapi::StatusFreezing {
         hdr: CtrlHdr::new(cmd::STATUS_FREEZING),

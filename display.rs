@@ -214,9 +214,6 @@ fn set_scanout(drm: &Device, scanout: u32, resource: u32, rect: Rect) -> Result 
     if let Some(shown) = drm.screens.lock().get_mut(scanout as usize) {
         *shown = Shown { resource, rect };
     }
-    if let Some(dark) = drm.dark.get(scanout as usize) {
-        dark.store(false, Relaxed);
-    }
     drm.queue.submit(
         &command::set_scanout(scanout, resource, rect),
         None,
@@ -227,14 +224,19 @@ fn set_scanout(drm: &Device, scanout: u32, resource: u32, rect: Rect) -> Result 
 
 /// The error of a command that belongs to a commit. On a device that is gone or wedged there is
 /// nothing to say that has not been said.
-fn report(drm: &Device, what: &str, result: Result) {
-    if let Err(e) = result {
-        if e != ENODEV && e != EIO {
-            kernel::do_once_lite! {
-                dev_err!(drm.as_ref(), "*ERROR* {} was not sent: {:?}\n", what, e)
-            }
+///
+/// Returns whether there was none.
+fn report(drm: &Device, what: &str, result: Result) -> bool {
+    let Err(e) = result else {
+        return true;
+    };
+
+    if e != ENODEV && e != EIO {
+        kernel::do_once_lite! {
+            dev_err!(drm.as_ref(), "*ERROR* {} was not sent: {:?}\n", what, e)
         }
     }
+    false
 }
 
 impl kms::Driver for DrmDriver {
@@ -344,31 +346,40 @@ impl DriverPlane for Primary {
         let Some(fb) = update.fb().filter(|_| update.crtc_active()) else {
             return Self::off(plane);
         };
-        let (Ok(picture), Some(damage)) = (Picture::new(fb), update.damage_merged()) else {
+        let (Ok(picture), Some(dark)) = (Picture::new(fb), drm.dark.get(plane.scanout as usize))
+        else {
             return;
         };
-        let damage = picture.rect(damage);
+        let src = picture.rect(update.src());
+        // Before anything is sent: recovery may come in between, and say so again.
+        let all = dark.xchg(false, Relaxed);
+        let damage = if all {
+            src
+        } else if let Some(damage) = update.damage_merged() {
+            picture.rect(damage)
+        } else {
+            return;
+        };
         let resource = picture.resource;
         let offset = damage.offset(picture.pitch, CPP);
         let sent = picture
             .sync(drm)
             .and_then(|()| picture.object.complete())
             .and_then(|()| resource.transfer(&drm.queue, damage, offset));
-        let dark = drm.dark.get(plane.scanout as usize);
-        let dark = dark.is_some_and(|dark| dark.load(Relaxed));
+        let mut shown = report(drm, "a picture", sent);
 
-        report(drm, "a picture", sent);
         // The mode was set with nothing to be seen, whether the framebuffer is a new one or not.
-        if dark || update.fb_changed() || update.src_changed() || update.needs_modeset() {
-            let src = picture.rect(update.src());
-
-            report(
+        if all || update.fb_changed() || update.src_changed() || update.needs_modeset() {
+            shown &= report(
                 drm,
                 "a scanout",
                 set_scanout(drm, plane.scanout, resource.id, src),
             );
         }
-        report(drm, "a flush", resource.flush(&drm.queue, damage));
+        shown &= report(drm, "a flush", resource.flush(&drm.queue, damage));
+        if !shown {
+            dark.store(true, Relaxed);
+        }
     }
 
     fn atomic_disable(plane: &Plane<Self>, _update: &PlaneUpdate<'_, DrmDriver>) {
@@ -463,9 +474,15 @@ impl Head {
         let mut copy = KVec::with_capacity(new.len(), GFP_KERNEL)?;
 
         copy.extend_from_slice(new, GFP_KERNEL)?;
-        *old = Some(copy);
         // With the lock held: the copy must not become another one than the connector's.
-        connector.update_edid((!new.is_empty()).then_some(new))?;
+        *old = match connector.update_edid((!new.is_empty()).then_some(new)) {
+            Ok(()) => Some(copy),
+            Err(e) => {
+                // The connector has none now. There may have been no memory for it.
+                Self::warn(connector, e);
+                None
+            }
+        };
         Ok(true)
     }
 }

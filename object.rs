@@ -78,7 +78,7 @@ const UNKNOWN: u32 = 0;
 const CREATED: u32 = 1;
 /// To use its backing.
 const BACKED: u32 = 2;
-/// To fetch its contents.
+/// To fetch its contents, if there are any.
 const FILLED: u32 = 3;
 
 impl Resource {
@@ -91,10 +91,10 @@ impl Resource {
         }
     }
 
-    /// Tells the host what is still missing to `goal`, as far as there is room: [`EAGAIN`] if there
-    /// was none. The caller holds [`Resources::live`].
-    fn tell(&self, queue: &Queue, goal: u32, who: Who, tally: Option<&Arc<Tally>>) -> Result {
-        while self.told.load(Relaxed) < goal {
+    /// Tells the host what is still missing, with `fill` the contents, too, as far as there is
+    /// room: [`EAGAIN`] if there was none. The caller holds [`Resources::live`].
+    fn tell(&self, queue: &Queue, fill: bool, who: Who, tally: Option<&Arc<Tally>>) -> Result {
+        loop {
             let told = self.told.load(Relaxed);
             let sent = match told {
                 UNKNOWN => queue.try_submit(
@@ -114,18 +114,19 @@ impl Resource {
                     Token::unattended::<uapi::ResourceAttachBacking>(tally),
                     who,
                 ),
-                _ => queue.try_submit(
+                BACKED if fill => queue.try_submit(
                     &command::transfer_to_host_2d(self.id, 0, self.all()),
                     None,
                     Token::unattended::<uapi::TransferToHost2d>(tally),
                     who,
                 ),
+                BACKED => Ok(()),
+                _ => return Ok(()),
             };
 
             sent?;
             self.told.store(told + 1, Relaxed);
         }
-        Ok(())
     }
 
     /// Sends the contents to the host: a rectangle of it. Lines are `pitch` bytes apart.
@@ -216,29 +217,29 @@ impl Resources {
         let mut live = self.live.lock();
 
         live.try_create_and_insert(resource.id, resource.clone(), GFP_KERNEL)?;
-        match resource.tell(&self.queue, BACKED, Who::Ioctl, None) {
+        match resource.tell(&self.queue, false, Who::Ioctl, None) {
             Err(e) if e == EAGAIN => {
                 drop(live);
                 self.queue.wait_turn(Who::Ioctl)?;
-                self.make(resource.id, BACKED, Who::Ioctl, None).map(drop)
+                self.make(resource.id, false, Who::Ioctl, None).map(drop)
             }
             result => result,
         }
     }
 
-    /// Has the host make a resource as far as `goal`. It learns of it with the next
-    /// [`Queue::kick`].
+    /// Has the host make a resource, with `fill` from the contents of its backing, too. It learns
+    /// of it with the next [`Queue::kick`].
     ///
     /// Returns whether there is such a resource. The lock is not held while this waits: recovery
     /// may get in between, and do part of it.
-    fn make(&self, id: u32, goal: u32, who: Who, tally: Option<&Arc<Tally>>) -> Result<bool> {
+    fn make(&self, id: u32, fill: bool, who: Who, tally: Option<&Arc<Tally>>) -> Result<bool> {
         loop {
             let live = self.live.lock();
             let Some(resource) = live.get(&id) else {
                 return Ok(false);
             };
 
-            match resource.tell(&self.queue, goal, who, tally) {
+            match resource.tell(&self.queue, fill, who, tally) {
                 Err(e) if e == EAGAIN => {}
                 result => return result.map(|()| true),
             }
@@ -270,7 +271,7 @@ impl Resources {
     /// in `screens`, which comes first. The commands are in the queue when this returns, and the
     /// host has been told; what becomes of them is in `tally` when the queue is idle.
     ///
-    /// A scanout that there is no memory for is `dark`.
+    /// A scanout that there is no memory for becomes `dark`.
     ///
     /// Returns how many resources there are.
     pub(crate) fn recover(
@@ -325,7 +326,7 @@ impl Resources {
     fn show_again(&self, scanout: u32, shown: &Shown, tally: &Arc<Tally>) -> Result {
         let queue = &self.queue;
 
-        if !self.make(shown.resource, FILLED, Who::Pm, Some(tally))? {
+        if !self.make(shown.resource, true, Who::Pm, Some(tally))? {
             return Ok(());
         }
         queue.submit(
@@ -344,7 +345,7 @@ impl Resources {
 
     /// Has the host make a resource that it has forgotten. Returns whether there is one.
     fn make_again(&self, id: u32, tally: &Arc<Tally>) -> Result<bool> {
-        match self.make(id, FILLED, Who::Pm, Some(tally)) {
+        match self.make(id, true, Who::Pm, Some(tally)) {
             // One that there is no memory for is no reason to give up the others.
             Err(e) if e == ENOMEM || e == E2BIG => {
                 tally.fail();
@@ -381,9 +382,9 @@ impl Object {
     /// Context and errors: as for [`Queue::submit`].
     pub(crate) fn complete(&self) -> Result {
         match self.resource() {
-            Some(resource) if resource.told.load(Relaxed) < BACKED => self
+            Some(resource) if resource.told.load(Relaxed) < FILLED => self
                 .resources
-                .make(resource.id, FILLED, Who::Kernel, None)
+                .make(resource.id, true, Who::Kernel, None)
                 .map(drop),
             _ => Ok(()),
         }

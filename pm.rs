@@ -272,7 +272,7 @@ fn quiesce(drm: &Device) -> Result<MutexGuard<'_, State>> {
                     e
                 );
                 // It may have heard, and must then be told when we are back.
-                e == ETIMEDOUT
+                e == ETIMEDOUT || e == ECANCELED
             }
         };
     }
@@ -325,7 +325,7 @@ pub(crate) fn restore(drm: &Device, dev: &virtio::Device<device::Bound>) -> Resu
 }
 
 /// The PM core is done; the transport may have had nothing to do.
-pub(crate) fn resume(drm: &Device, dev: &virtio::Device<device::Bound>) -> Result {
+pub(crate) fn resume(drm: &Device, dev: &virtio::Device<device::Core<'_>>) -> Result {
     let mut state = drm.pm.lock();
     let result = match state.stage {
         Stage::Quiet => {
@@ -540,6 +540,15 @@ fn revive(drm: &Device, state: &mut State, reset: bool) -> Result {
     if !kept && (promised || plan == Plan::Verify) {
         // It may have some of them. After a reset it has none, as everywhere else.
         queue.restart()?;
+        if state.promised
+            && queue
+                .call_nodata(&command::status_freezing(false), Who::Pm)
+                .is_ok()
+        {
+            // Unless it did not know until now that it need not keep them.
+            state.promised = false;
+            queue.restart()?;
+        }
         state.sentinel = Sentinel::Absent;
     }
 

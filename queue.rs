@@ -135,6 +135,8 @@ pub(crate) struct QueueState {
     stalled: bool,
     /// There may be something in [`Engine::limbo`] that the host can be told when there is room.
     owing: bool,
+    /// The device has not been reset since its queues were found: it may access what it was given.
+    exposed: bool,
 }
 
 impl QueueState {
@@ -305,9 +307,9 @@ pub(crate) struct Engine {
     refusals: Atomic<u32>,
     /// What the host says of its resources.
     word: Atomic<u32>,
-    /// The host has refused to create a resource. It does not know all of them, and has kept its
-    /// word all the same.
-    short: Atomic<bool>,
+    /// How many resources there are that the host has refused to create. It does not know all of
+    /// them, and has kept its word all the same.
+    missing: Atomic<u32>,
 }
 
 /// Nothing that anybody relies on.
@@ -337,7 +339,7 @@ impl Engine {
             limbo <- new_spinlock!(None),
             refusals: Atomic::new(0),
             word: Atomic::new(NO_WORD),
-            short: Atomic::new(false),
+            missing: Atomic::new(0),
         })
     }
 
@@ -357,12 +359,17 @@ impl Engine {
             );
         }
         if command == uapi::ResourceCreate2d::TYPE {
-            self.short.store(true, Relaxed);
+            self.missing.fetch_add(1, Relaxed);
         }
-        if ty == uapi::resp::ERR_INVALID_RESOURCE_ID
-            && !self.short.load(Relaxed)
-            && self.word.cmpxchg(KEPT, BROKEN, Relaxed).is_ok()
-        {
+        if ty != uapi::resp::ERR_INVALID_RESOURCE_ID {
+            return;
+        }
+        if self.missing.load(Relaxed) > 0 {
+            // It may be one of those.
+            if command == uapi::ResourceUnref::TYPE {
+                self.missing.fetch_sub(1, Relaxed);
+            }
+        } else if self.word.cmpxchg(KEPT, BROKEN, Relaxed).is_ok() {
             dev_warn!(self.dev, "the host did not keep all of its resources\n");
         }
     }
@@ -589,6 +596,7 @@ impl Queue {
             returned: 0,
             stalled: false,
             owing: false,
+            exposed: false,
         };
 
         Ok(Self(Virtqueues::new(
@@ -604,6 +612,7 @@ impl Queue {
     /// its features. Afterwards [`Who::Pm`] may issue commands, and [`Queue::open`] lets in
     /// everybody else.
     pub(crate) fn init_vqs(&self, dev: &virtio::Device<device::Bound>) -> Result {
+        self.0.lock(CTRL).state().exposed = true;
         self.0.find(dev)?;
         dev.ready();
         Ok(())
@@ -629,10 +638,19 @@ impl Queue {
         self.set_gate(last);
         self.0
             .stop(|_, token| token.complete(engine, Err(ECANCELED)));
-        if last != Gate::Frozen {
-            // The host has no access any more, whatever it was or was not told.
-            drop(Engine::take(&engine.limbo));
-        }
+
+        let mut guard = self.0.lock(CTRL);
+
+        guard.state().exposed = false;
+
+        // The host has no access any more, whatever it was or was not told.
+        let forgotten = match last {
+            Gate::Frozen => None,
+            _ => Engine::take(&engine.limbo),
+        };
+
+        drop(guard);
+        drop(forgotten);
         self.settle();
     }
 
@@ -678,8 +696,8 @@ impl Queue {
     }
 
     /// Takes the host's word that it has kept its resources over a reset: if it refuses one as
-    /// unknown, [`Queue::needs_reset`] is true, once. A host that has refused to create a resource
-    /// does not know that one, which proves nothing.
+    /// unknown, [`Queue::needs_reset`] is true, once. As long as there is a resource that it has
+    /// refused to create, that proves nothing.
     pub(crate) fn trust(&self) {
         self.0.handler().word.store(KEPT, Relaxed);
     }
@@ -1047,11 +1065,13 @@ impl Queue {
         };
         let mut guard = self.0.lock(CTRL);
 
-        // Under the lock: once the device is wedged or gone, and its queue too, nobody empties the
+        let state = guard.state();
+
+        // Under the lock: once the device is wedged or gone, and has been reset, nobody empties the
         // list any more. While it sleeps, the host may keep what it has.
-        if guard.connected() || matches!(guard.state().gate, Gate::Draining | Gate::Frozen) {
+        if state.exposed || matches!(state.gate, Gate::Draining | Gate::Frozen) {
             Engine::push(&self.0.handler().limbo, held);
-            guard.state().owing = true;
+            state.owing = true;
             return None;
         }
         drop(guard);
@@ -1101,7 +1121,7 @@ impl Queue {
     pub(crate) fn forget(&self) -> Option<KBox<Held>> {
         let engine = self.0.handler();
 
-        engine.short.store(false, Relaxed);
+        engine.missing.store(0, Relaxed);
         Engine::take(&engine.limbo)
     }
 }
