@@ -135,7 +135,7 @@ fn run(arguments: &Arguments) -> Result<()> {
             bench.suspend(&kernel, *buffers, Host::Forgets, &mut figures)?;
         }
         if *driver == Driver::Rust {
-            for buffers in buffers.iter().filter(|it| **it <= KEEPER_LIMIT) {
+            for buffers in buffers {
                 println!("... on a host that keeps {buffers} MiB of buffers");
                 bench.suspend(&kernel, *buffers, Host::Keeps, &mut figures)?;
             }
@@ -165,9 +165,6 @@ enum Host {
     /// The reference host keeps everything, if it is told to (FREEZING).
     Keeps,
 }
-
-/// How many buffers the host that keeps them has room for, beside the console's.
-const KEEPER_LIMIT: u32 = 1000;
 
 /// Memory of the guest.
 const MEMORY: &str = "3G";

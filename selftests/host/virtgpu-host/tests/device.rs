@@ -398,6 +398,25 @@ fn violations() {
     assert_eq!(guest.send(flush(1, rect(0, 0, 4, 2))), OK);
 }
 
+/// All resources together have a limit, and what is destroyed makes room. Nothing touches this memory.
+#[test]
+fn resources_are_limited() {
+    let gibibyte = |resource_id| Command::ResourceCreate2d {
+        resource_id,
+        format: BGRX,
+        width: 16384,
+        height: 16384,
+    };
+    let mut guest = Guest::new();
+    assert_eq!(guest.send(gibibyte(1)), OK);
+    assert_eq!(guest.send(gibibyte(2)), OK);
+    assert_eq!(guest.rules(), [""; 0]);
+    assert_eq!(guest.send(gibibyte(3)), ResponseType::ErrOutOfMemory);
+    assert_eq!(guest.rules(), ["host-memory"]);
+    assert_eq!(guest.send(unref(1)), OK);
+    assert_eq!(guest.send(gibibyte(3)), OK);
+}
+
 /// What is wrong with the bytes, whatever the command.
 #[test]
 fn malformed() {

@@ -20,7 +20,7 @@ use crate::resource::{Backing, Blob, Image, Kind, Resource};
 use crate::sys;
 
 /// The most memory that all resources together may take on the host, in bytes.
-const MAX_HOST_MEMORY: u64 = 1 << 30;
+const MAX_HOST_MEMORY: u64 = 2 << 30;
 /// Width and height of a cursor, in pixels.
 const CURSOR_SIZE: u32 = 64;
 
