@@ -244,12 +244,16 @@ fn dumb(case: &mut Case) -> Result<()> {
     expect_no_leaks(vm)
 }
 
-/// The PCI function is reset, while everybody is awake.
+/// The PCI function is reset, while everybody is awake. Between the device and the memory is an IOMMU: there may be no memory to map
+/// what a command is about, which is the one thing that a command cannot do without.
 fn reset(case: &mut Case) -> Result<()> {
     for text in [NOT_BACK, "*ERROR* reset, ", "*ERROR* no display info"] {
         case.expect_in_log(text);
     }
-    case.boot(&Machine::behind_root_port("virtio-gpu-pci"))?;
+    let mut machine = Machine::behind_root_port("virtio-gpu-pci,iommu_platform=on");
+    machine.devices.insert(0, "intel-iommu".into());
+    machine.append = "intel_iommu=on,strict".into();
+    case.boot(&machine)?;
     prepare(case, Whose::Driver)?;
     let vm = case.vm()?;
     let device = vm.run(

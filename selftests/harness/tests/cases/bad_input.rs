@@ -20,6 +20,7 @@ use virtgpu_lab::kernel::{
     Kernel, //
 };
 use virtgpu_lab::logs;
+use virtgpu_lab::suspend::Sleep;
 use virtgpu_lab::vm::{
     Machine,
     REFERENCE,
@@ -51,6 +52,7 @@ pub fn trials() -> Vec<Trial> {
             .with_ignored_flag(other),
         );
     }
+    trials.push(trial("bad_input::host::admin_queue", admin_queue).with_ignored_flag(other));
     for size in [0, 8, 12] {
         trials.push(
             trial(format!("bad_input::host::config_{size}"), move |case| {
@@ -208,6 +210,25 @@ fn short_config(case: &mut Case, size: u32) -> Result<()> {
         unload(vm, module)?;
     }
     Ok(())
+}
+
+/// A device that offers a queue for its administration, and has none: Linux does not take it into account where it resets a device
+/// whose queues are deleted.
+fn admin_queue(case: &mut Case) -> Result<()> {
+    /// Number of the feature bit VIRTIO_F_ADMIN_VQ.
+    const ADMIN_VQ: usize = 41;
+    let module = case.kernel.driver.module();
+    let vm = case.boot(&Machine::on_reference_host(&["--claim-feature", "41"]))?;
+    let features = vm.run("cat /sys/bus/virtio/devices/virtio0/features")?;
+    ensure!(
+        features.as_bytes().get(ADMIN_VQ) == Some(&b'0'),
+        "the driver has accepted {features}"
+    );
+    let client = Client::start(vm, 0, &[SIZE])?;
+    Sleep::S3.cycle(vm)?;
+    client.draw(vm, 1)?;
+    client.end(vm)?;
+    unload(vm, module)
 }
 
 /// A framebuffer that reaches beyond its buffer is refused, and the host does not hear of it.

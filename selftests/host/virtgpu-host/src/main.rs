@@ -101,6 +101,10 @@ struct Arguments {
     #[arg(long)]
     lenient_thaw: bool,
 
+    /// Offer a feature bit that this host knows nothing of
+    #[arg(long, value_name = "BIT", value_parser = clap::value_parser!(u32).range(24..64))]
+    claim_feature: Vec<u32>,
+
     /// Inject a fault, for example "3rd TRANSFER_TO_HOST_2D: error 0x1203"
     #[arg(long, value_name = "RULE")]
     fault: Vec<Rule>,
@@ -160,6 +164,7 @@ fn options(arguments: &Arguments) -> Result<Options, String> {
         freezing,
         conduct,
         lenient_thaw: arguments.lenient_thaw,
+        claimed: arguments.claim_feature.clone(),
     };
     options.check()?;
     Ok(options)

@@ -122,6 +122,8 @@ pub struct Options {
     pub conduct: Conduct,
     /// Keep the resources when FREEZING=0 is the first command after a reset.
     pub lenient_thaw: bool,
+    /// Feature bits that are offered, and mean nothing here.
+    pub claimed: Vec<u32>,
 }
 
 impl Default for Options {
@@ -139,6 +141,7 @@ impl Default for Options {
             freezing: Some(virtio_gpu_protocol::F_FREEZING),
             conduct: Conduct::Honest,
             lenient_thaw: false,
+            claimed: Vec::new(),
         }
     }
 }
@@ -175,6 +178,9 @@ impl Options {
         offer(F_CONTEXT_INIT, self.context_init);
         offer(F_BLOB_ALIGNMENT, self.blob_alignment.is_some());
         if let Some(bit) = self.freezing {
+            offer(bit, true);
+        }
+        for &bit in &self.claimed {
             offer(bit, true);
         }
         features
