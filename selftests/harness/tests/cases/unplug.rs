@@ -18,6 +18,7 @@ use virtgpu_lab::case::{
 };
 use virtgpu_lab::client::Client;
 use virtgpu_lab::console::Console;
+use virtgpu_lab::debugger::Debugger;
 use virtgpu_lab::initramfs;
 use virtgpu_lab::kernel::Kernel;
 use virtgpu_lab::suspend::Sleep;
@@ -35,11 +36,16 @@ const HOST_SIZE: (u32, u32) = (1024, 768);
 
 const SIGKILL: i32 = 9;
 
+/// Has the driver let go of the GPU, and take it again.
+const UNBIND: &str = "echo virtio0 > /sys/bus/virtio/drivers/virtio_gpu/unbind";
+const BIND: &str = "echo virtio0 > /sys/bus/virtio/drivers/virtio_gpu/bind";
+
 pub fn trials() -> Vec<Trial> {
     // Without a kernel to ask, the cases run, and say what is missing.
     let built_in = Kernel::from_env().is_ok_and(|kernel| kernel.modules.is_empty());
     vec![
         trial("unplug::unbind", unbind),
+        trial("unplug::probe_fails", probe_fails),
         trial("unplug::unload_in_use", unload_in_use).with_ignored_flag(built_in),
         trial("unplug::disabled", disabled).with_ignored_flag(built_in),
         trial("unplug::device_drawing", device_drawing),
@@ -106,15 +112,12 @@ fn show_something(vm: &mut Vm, seed: u8, size: (u32, u32)) -> Result<()> {
 /// The driver is unbound and bound again: with the console, with a client that draws, and with clients that hold what they had for
 /// some time longer.
 fn unbind(case: &mut Case) -> Result<()> {
-    const DRIVER: &str = "/sys/bus/virtio/drivers/virtio_gpu";
     let vm = case.boot(&Machine::with_gpu("virtio-gpu-pci"))?;
-    let bind = format!("echo virtio0 > {DRIVER}/bind");
-    let unbind = format!("echo virtio0 > {DRIVER}/unbind");
     for round in 1..=3 {
         let mut console = Console::new(vm, 1)?;
         console.write(vm, round, &format!("Round {round}."))?;
-        vm.run(&unbind)?;
-        vm.run(&bind)?;
+        vm.run(UNBIND)?;
+        vm.run(BIND)?;
     }
     let mut console = Console::new(vm, 1)?;
     console.write(vm, 3, "It is back.")?;
@@ -124,13 +127,13 @@ fn unbind(case: &mut Case) -> Result<()> {
         let client = Client::start(vm, 10 * round, &[SIZE])?;
         let (one, other) = (Holder::start(vm)?, Holder::start(vm)?);
         client.start_flips(vm)?;
-        vm.run(&unbind)?;
+        vm.run(UNBIND)?;
         client.expect_gone(vm)?;
         one.check(vm)?;
         if let Some(earlier) = earlier.take() {
             earlier.kill(vm)?;
         }
-        vm.run(&bind)?;
+        vm.run(BIND)?;
         show_something(vm, 10 * round + 2, SIZE)?;
         other.check(vm)?;
         one.release(vm)?;
@@ -141,6 +144,57 @@ fn unbind(case: &mut Case) -> Result<()> {
     earlier.context("there were no rounds")?.release(vm)?;
     let mut console = Console::new(vm, 1)?;
     console.write(vm, 3, "It is back again.")
+}
+
+/// A step of the probe fails, each in its turn: `bind` says so, nothing is left of the card, and the next probe works.
+fn probe_fails(case: &mut Case) -> Result<()> {
+    const IO_ERROR: i32 = -5;
+    /// Functions of the kernel, in the order in which a probe comes to them.
+    const STEPS: [&str; 10] = [
+        "drmm_mode_config_init",
+        "drm_universal_plane_init",
+        "drm_crtc_init_with_planes",
+        "drm_encoder_init",
+        "drm_connector_init",
+        "drm_vblank_init",
+        "vp_modern_find_vqs",
+        // The question for the displays.
+        "virtqueue_add_sgs",
+        "drm_dev_register",
+        // A part of it.
+        "drm_modeset_register_all",
+    ];
+    let vm = case.boot(&Machine {
+        debugger: true,
+        ..Machine::with_gpu("virtio-gpu-pci")
+    })?;
+    // What there is of cards.
+    let cards = |vm: &mut Vm| {
+        vm.run("ls /dev/dri /sys/class/drm /sys/kernel/debug/dri 2>/dev/null || true")
+    };
+    for (seed, step) in (0..).zip(STEPS) {
+        vm.run(UNBIND)?;
+        let none = cards(vm)?;
+        ensure!(!none.contains("card"), "without a driver there is {none}");
+        let mut debugger = Debugger::halt(vm)?;
+        let binder = vm.start_program(&["sh", "-c", BIND])?;
+        debugger.return_from(step, IO_ERROR)?;
+        debugger.go()?;
+        let output = vm.wait_end(binder)?;
+        ensure!(
+            output.code != 0 && output.err.contains("Input/output error"),
+            "{step}: bind ended with {}: {}",
+            output.code,
+            output.err
+        );
+        let left = cards(vm)?;
+        ensure!(left == none, "{step}: there is still {left}");
+        vm.run(BIND)?;
+        // The device has the first number, unless an earlier one was never released.
+        vm.run("test -e /dev/dri/card0")?;
+        show_something(vm, 2 * seed, SIZE).with_context(|| format!("after {step}"))?;
+    }
+    Ok(())
 }
 
 /// A module that somebody uses stays, whether it has a device or not, and goes with its last user. What keeps it is the owner of the
@@ -157,7 +211,7 @@ fn unload_in_use(case: &mut Case) -> Result<()> {
         ensure!(output.code != 0, "a module in use was unloaded");
         client.draw(vm, 10 * round + 1)?;
         client.end(vm)?;
-        vm.run("echo virtio0 > /sys/bus/virtio/drivers/virtio_gpu/unbind")?;
+        vm.run(UNBIND)?;
         holder.check(vm)?;
         let output = vm.try_run(&rmmod)?;
         ensure!(output.code != 0, "a module in use was unloaded");
@@ -268,7 +322,7 @@ fn unanswered(case: &mut Case) -> Result<()> {
         let host = vm.host.as_ref().context("there is no host")?;
         host.control("fault any: no answer")?;
         if round == 0 {
-            vm.run("echo virtio0 > /sys/bus/virtio/drivers/virtio_gpu/unbind")?;
+            vm.run(UNBIND)?;
         } else {
             vm.unplug()?;
         }
@@ -280,7 +334,7 @@ fn unanswered(case: &mut Case) -> Result<()> {
         if round == 0 {
             let host = vm.host.as_ref().context("there is no host")?;
             host.control("clear")?;
-            vm.run("echo virtio0 > /sys/bus/virtio/drivers/virtio_gpu/bind")?;
+            vm.run(BIND)?;
         } else {
             vm.plug("port0")?;
         }
