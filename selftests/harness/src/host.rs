@@ -266,14 +266,20 @@ impl Host {
         self.control(order).map(drop)
     }
 
-    /// Waits until there was a fault since [`Host::misbehave`].
-    pub fn wait_fault(&self) -> Result<()> {
+    /// Waits until there were as many faults since [`Host::misbehave`].
+    pub fn wait_faults(&self, count: usize) -> Result<()> {
         let end = Instant::now() + LIMIT;
-        while self.faults()? == 0 {
-            ensure!(Instant::now() < end, "the host made no fault");
+        loop {
+            let faults = self.faults()?;
+            if faults >= count {
+                return Ok(());
+            }
+            ensure!(
+                Instant::now() < end,
+                "the host made {faults} faults instead of {count}"
+            );
             std::thread::sleep(Duration::from_millis(10));
         }
-        Ok(())
     }
 
     /// How many faults there were since [`Host::misbehave`].

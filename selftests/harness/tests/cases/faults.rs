@@ -432,7 +432,7 @@ fn cell(
     vm.run(&format!("echo 'fault: {command}, {fault}' > /dev/kmsg"))?;
     host(vm)?.misbehave(&format!("fault {ordinal}th {command}: {fault}"))?;
     let client = phase.act(vm, client)?;
-    host(vm)?.wait_fault()?;
+    host(vm)?.wait_faults(1)?;
     host(vm)?.behave()?;
     if let Some(client) = client {
         // A client that is still there goes on, whether anything had to be recovered or not.

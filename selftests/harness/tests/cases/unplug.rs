@@ -25,6 +25,7 @@ use virtgpu_lab::suspend::Sleep;
 use virtgpu_lab::vm::{
     GPU,
     Machine,
+    Note,
     Program,
     REFERENCE,
     Vm, //
@@ -306,12 +307,18 @@ fn device_asleep(case: &mut Case) -> Result<()> {
     Ok(())
 }
 
-/// The host does not answer, and clients wait for it, when the driver is unbound, and when the device is taken out. They do not wait until
-/// they have waited long enough: they are told.
+/// The host does not answer, and clients wait for room in the ring, when the driver is unbound, and when the device is taken out. They are
+/// told. Of the first one can see that they do not wait until they have waited long enough; in the second they may, before the guest
+/// has seen the button of the slot for 5 s.
 fn unanswered(case: &mut Case) -> Result<()> {
-    // They may have waited long enough to complain.
-    case.expect_in_log(" was not sent: ETIMEDOUT");
-    let vm = case.boot(&pluggable())?;
+    const RING: usize = 16;
+    const TOO_LONG: &str = " was not sent: ";
+    case.expect_in_log(TOO_LONG);
+    let mut machine = pluggable();
+    for device in &mut machine.devices {
+        *device = device.replace("vq_size=256", &format!("vq_size={RING}"));
+    }
+    let vm = case.boot(&machine)?;
     for round in 0..2 {
         let client = Client::start(vm, 10 * round, &[HOST_SIZE])?;
         let holder = Holder::start(vm)?;
@@ -320,7 +327,11 @@ fn unanswered(case: &mut Case) -> Result<()> {
         vm.wait_line(churner, "churning", mark)?;
         client.start_flips(vm)?;
         let host = vm.host.as_ref().context("there is no host")?;
+        host.control("reset-counters")?;
         host.control("fault any: no answer")?;
+        // From then on there is no room for anything.
+        host.wait_faults(RING)?;
+        let mark = vm.mark();
         if round == 0 {
             vm.run(UNBIND)?;
         } else {
@@ -331,6 +342,11 @@ fn unanswered(case: &mut Case) -> Result<()> {
         ensure!(output.code != 0, "buffers come and go without a device");
         holder.check(vm)?;
         holder.release(vm)?;
+        let is_late = |note: &Note| matches!(note, Note::Console(line) if line.contains(TOO_LONG));
+        ensure!(
+            round > 0 || !vm.since(mark).iter().any(is_late),
+            "somebody waited until it was too long"
+        );
         if round == 0 {
             let host = vm.host.as_ref().context("there is no host")?;
             host.control("clear")?;
