@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The driver's own unit tests, which a kernel with KUnit runs when it loads the driver.
+//! The driver's unit tests, which a kernel with KUnit runs when it loads the driver, and those of its abstractions, which it runs
+//! when it boots.
 
 use anyhow::{
     Context,
@@ -18,8 +19,10 @@ use virtgpu_lab::kernel::{
 };
 use virtgpu_lab::vm::Machine;
 
-/// One for each file of the driver that has tests.
-const SUITES: [&str; 6] = [
+/// One for each file of ours that has tests.
+const SUITES: [&str; 8] = [
+    "rust_drm_kms_edid",
+    "rust_drm_kms_rect",
     "virtgpu_rs_command",
     "virtgpu_rs_display",
     "virtgpu_rs_features",
