@@ -34,6 +34,7 @@ pub fn trials() -> Vec<Trial> {
         trial("transports::large_backing", large_backing),
         trial("transports::short_ring", short_ring),
         trial("transports::iommu", iommu),
+        trial("transports::bounce_buffers", bounce_buffers),
     ]
 }
 
@@ -111,11 +112,47 @@ fn short_ring(case: &mut Case) -> Result<()> {
     client.end(vm)
 }
 
+/// Number of the feature bit VIRTIO_F_ACCESS_PLATFORM.
+const ACCESS_PLATFORM: usize = 33;
+
+/// Sees to it that the device leaves its addresses to the platform.
+fn expect_platform_addresses(vm: &mut Vm) -> Result<()> {
+    let features = vm.run("cat /sys/bus/virtio/devices/virtio0/features")?;
+    ensure!(
+        features.as_bytes().get(ACCESS_PLATFORM) == Some(&b'1'),
+        "the device does not leave its addresses to the platform: {features}"
+    );
+    Ok(())
+}
+
+/// The device cannot reach what is drawn, only a copy, which is as old as the last time that it was synced.
+fn bounce_buffers(case: &mut Case) -> Result<()> {
+    let vm = case.boot(&Machine {
+        append: "swiotlb=force".into(),
+        ..Machine::with_gpu("virtio-gpu-pci,iommu_platform=on")
+    })?;
+    expect_platform_addresses(vm)?;
+    let used = |vm: &mut Vm| -> Result<u64> {
+        let used = vm.run("cat /sys/kernel/debug/swiotlb/io_tlb_used")?;
+        Ok(used.trim().parse()?)
+    };
+    /// Of bounce buffers, in bytes.
+    const SLOT: u64 = 2048;
+    let before = used(vm)?;
+    let client = Client::start(vm, 0, &[SIZE])?;
+    let copied = SLOT * (used(vm)? - before);
+    let picture = u64::from(SIZE.0 * SIZE.1 * 4);
+    ensure!(
+        copied >= 2 * picture,
+        "there is a copy of {copied} bytes of the client's pictures"
+    );
+    client.end(vm)?;
+    survives(vm, |vm| Sleep::S3.cycle(vm))
+}
+
 /// Between the device and the memory is an IOMMU: addresses that were not mapped for the device, as those that the processor uses,
 /// are no good, before and after sleep. The kernel's log tells of each that the device tries.
 fn iommu(case: &mut Case) -> Result<()> {
-    /// Number of the feature bit VIRTIO_F_ACCESS_PLATFORM.
-    const ACCESS_PLATFORM: usize = 33;
     let vm = case.boot(&Machine {
         machine: "q35,hpet=off",
         devices: vec![
@@ -126,11 +163,7 @@ fn iommu(case: &mut Case) -> Result<()> {
         arguments: ["-trace", "vtd_iotlb_page_update"].map(String::from).into(),
         ..Machine::with_gpu("")
     })?;
-    let features = vm.run("cat /sys/bus/virtio/devices/virtio0/features")?;
-    ensure!(
-        features.as_bytes().get(ACCESS_PLATFORM) == Some(&b'1'),
-        "the device does not leave its addresses to the platform: {features}"
-    );
+    expect_platform_addresses(vm)?;
     let group = vm.run("cat /sys/bus/virtio/devices/virtio0/../iommu_group/type")?;
     ensure!(
         group.starts_with("DMA"),
