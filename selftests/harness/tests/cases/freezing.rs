@@ -8,7 +8,7 @@
 //! |---|---|
 //! | the host is told, and its answer not waited for | [`Cycle::check_going_down`]: the answer stands before the reset, no command is lost; `slow`: a host that takes a second keeps everything |
 //! | the queues are deleted on a device that was not reset | [`wait_reset`]: the driver resets it before the guest sleeps |
-//! | no byte order, no padding | the host finds padding that is not zero, and a number other than 0 and 1; the layout is a unit test of `command.rs` |
+//! | no byte order, no padding | byte order: not by a guest, all of them are little-endian; it is in the types of `uapi.rs`, and a unit test of `command.rs` has the bytes. Padding: the host finds what is not zero |
 //! | a command before DRIVER_OK | the host finds commands that were queued before, `before-driver-ok` |
 //! | the display is not suspended | [`Cycle::check_going_down`]: the scanouts are off, and nothing is drawn, before the host is told; `HOST` with flips |
 //! | locks and wait queues are made anew at resume, under those who wait | `HOST`: four cycles in one guest, two with flips that wait; [`display_changes`] |
@@ -50,7 +50,14 @@ use virtgpu_lab::suspend::Sleep;
 use virtgpu_lab::vm::{
     Machine,
     Mark,
+    REFERENCE,
     Vm, //
+};
+
+use crate::suspend::{
+    CONTENTS,
+    Content,
+    survives, //
 };
 
 const SIZE: (u32, u32) = (1024, 768);
@@ -112,6 +119,25 @@ pub fn trials() -> Vec<Trial> {
         trials.push(trial(format!("freezing::host::{name}"), move |case| {
             host(case, options, append, terms)
         }));
+    }
+    for (host_name, options, terms) in [
+        ("bit5", &[][..], Terms::Kept),
+        ("none", &["--freezing", "off"], Terms::NotAsked),
+    ] {
+        for (machine_name, machine, heads, way) in machines(options) {
+            for (content_name, content) in CONTENTS {
+                // `HOST` has these.
+                if machine_name == "pci" && !matches!(content, Content::Console) {
+                    continue;
+                }
+                let machine = machine.clone();
+                let name =
+                    format!("freezing::machine::{machine_name}::{host_name}::{content_name}");
+                trials.push(trial(name, move |case| {
+                    on_machine(case, &machine, heads, way, content, terms)
+                }));
+            }
+        }
     }
     trials.extend([
         trial("freezing::hibernation", hibernation),
@@ -181,6 +207,9 @@ fn host_of(vm: &Vm) -> &Host {
     vm.host.as_ref().expect("the machine has one")
 }
 
+/// Arguments for QEMU, by which its log has what [`wait_reset`] looks for.
+const TRACE_STATUS: [&str; 2] = ["-trace", "virtio_set_status"];
+
 /// Sees to it that the driver has reset the device. QEMU would stop it, too, when the bus takes its access to memory away, but that
 /// comes later, and is no reset.
 fn wait_reset(vm: &Vm, log_before: usize) -> Result<()> {
@@ -197,38 +226,58 @@ fn wait_reset(vm: &Vm, log_before: usize) -> Result<()> {
     Ok(())
 }
 
+/// What becomes of the device while the guest sleeps.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Way {
+    /// The driver resets it.
+    Reset,
+    /// It keeps its state, whether the host knows of FREEZING or not.
+    NoSoftReset,
+}
+
 /// A way down and back, as the host has seen it.
 struct Cycle {
     record: Vec<Entry>,
     terms: Terms,
+    way: Way,
+    outputs: usize,
     /// What the host had before, without the sentinel.
     resources: BTreeSet<u64>,
 }
 
 impl Cycle {
     /// Sends the guest to sleep and wakes it up.
-    fn run(vm: &mut Vm, sleep: Sleep, terms: Terms) -> Result<Self> {
+    fn run(vm: &mut Vm, sleep: Sleep, terms: Terms, way: Way, outputs: usize) -> Result<Self> {
         let host = host_of(vm);
         host.mark("down")?;
-        let resources = resources(host)?;
+        let cycle = Self {
+            record: Vec::new(),
+            terms,
+            way,
+            outputs,
+            resources: resources(host)?,
+        };
         let log = fs::read(vm.dir.join("qemu.log"))?.len();
         let asleep = sleep.begin(vm)?;
-        wait_reset(vm, log)?;
+        if way == Way::Reset {
+            wait_reset(vm, log)?;
+        }
         let mark = vm.mark();
         asleep.wake(vm)?;
-        let said = match terms {
-            Terms::Kept => "resumed, the host kept its resources".into(),
-            _ => format!("resumed, {} resources recovered", resources.len()),
+        let said = match cycle.is_kept() {
+            true => "resumed, the host kept its resources".into(),
+            false => format!("resumed, {} resources recovered", cycle.resources.len()),
         };
         vm.wait_console(&said, mark)?;
         if terms == Terms::Broken {
             vm.wait_console("the host did not keep its resources", mark)?;
         }
-        Ok(Self {
-            record: Vec::new(),
-            terms,
-            resources,
-        })
+        Ok(cycle)
+    }
+
+    /// Whether the host still has everything afterwards.
+    fn is_kept(&self) -> bool {
+        self.way == Way::NoSoftReset || self.terms == Terms::Kept
     }
 
     /// Checks what the host has been sent, when the right picture is back.
@@ -239,14 +288,22 @@ impl Cycle {
         self.check_coming_back(host_of(vm))
     }
 
-    /// The part before the reset, and the one after it.
+    /// The part before the guest slept, and the one after it: from the reset on, or, without one, from the first thing that a guest
+    /// does which is back.
     fn parts(&self) -> Result<(&[Entry], &[Entry])> {
-        let reset = self
-            .record
-            .iter()
-            .position(|entry| entry.event == "reset")
-            .context("there was no reset")?;
-        Ok(self.record.split_at(reset))
+        let reset = self.record.iter().position(|entry| entry.event == "reset");
+        let back = match self.way {
+            Way::Reset => reset.context("there was no reset")?,
+            Way::NoSoftReset => {
+                ensure!(reset.is_none(), "the device was reset");
+                let first = |entry: &Entry| describe(entry) == format!("RESOURCE_UNREF {SENTINEL}");
+                self.record
+                    .iter()
+                    .position(first)
+                    .context("the driver did not look whether its resources are there")?
+            }
+        };
+        Ok(self.record.split_at(back))
     }
 
     fn check_going_down(&self) -> Result<()> {
@@ -265,6 +322,9 @@ impl Cycle {
             expected.push("STATUS_FREEZING 1".into());
         }
         ensure!(seen == expected, "going down, the host was sent {seen:?}");
+        if self.way == Way::NoSoftReset {
+            return Ok(());
+        }
         let stop = down
             .iter()
             .find(|entry| entry.event == "stop")
@@ -284,21 +344,26 @@ impl Cycle {
         let mut seen = until_shown(commands(back));
         seen.dedup();
         let mut expected = Vec::new();
-        if matches!(self.terms, Terms::Kept | Terms::Broken) {
+        let is_told = matches!(self.terms, Terms::Kept | Terms::Broken);
+        if is_told || self.is_kept() {
             expected.push(format!("RESOURCE_UNREF {SENTINEL}"));
+        }
+        if is_told {
             expected.push("STATUS_FREEZING 0".into());
         }
         ensure!(
             seen.starts_with(&expected),
             "coming back, the host was sent {seen:#?}, and first of all should have been {expected:?}"
         );
-        if self.terms == Terms::Kept {
+        if self.way == Way::Reset && self.is_kept() {
             ensure!(back[0].more["kept"] == true, "the host has kept nothing");
+        }
+        if self.is_kept() {
             let shown = seen.last().and_then(|line| line.split(' ').nth(1));
             let shown = shown.context("nothing is shown")?;
+            expected.push("GET_DISPLAY_INFO".into());
+            expected.extend((0..self.outputs).map(|output| format!("GET_EDID {output}")));
             expected.extend([
-                "GET_DISPLAY_INFO".into(),
-                "GET_EDID 0".into(),
                 format!("TRANSFER_TO_HOST_2D {shown}"),
                 format!("SET_SCANOUT {shown}"),
                 format!("RESOURCE_FLUSH {shown}"),
@@ -314,9 +379,9 @@ impl Cycle {
             let resource = entry.args["resource_id"].as_u64().context("no resource")?;
             ensure!(created.insert(resource), "{resource} was created twice");
         }
-        let lost = match self.terms {
-            Terms::Kept => BTreeSet::new(),
-            _ => self.resources.clone(),
+        let lost = match self.is_kept() {
+            true => BTreeSet::new(),
+            false => self.resources.clone(),
         };
         ensure!(
             created == lost,
@@ -345,12 +410,21 @@ fn host(case: &mut Case, options: &[&str], append: &str, terms: Terms) -> Result
     }
     let mut machine = Machine::on_reference_host(options);
     machine.append = append.into();
-    machine.arguments = ["-trace", "virtio_set_status"].map(String::from).into();
+    machine.arguments = TRACE_STATUS.map(String::from).into();
     let vm = case.boot(&machine)?;
     let asked = vm.run("dmesg")?.contains("features: +freezing");
     ensure!(
         asked == (terms != Terms::NotAsked),
         "FREEZING is negotiated: {asked}"
+    );
+    let features = vm.run("cat /sys/kernel/debug/dri/0/virtio-gpu-features")?;
+    let listed = features
+        .lines()
+        .filter_map(|line| line.split_once(" : "))
+        .find(|(name, _)| name.trim_end() == "freezing");
+    ensure!(
+        listed.map(|(_, value)| value) == asked.then_some("yes"),
+        "debugfs has FREEZING as {listed:?}"
     );
 
     let client = Client::start(vm, 0, &[SIZE])?;
@@ -358,7 +432,7 @@ fn host(case: &mut Case, options: &[&str], append: &str, terms: Terms) -> Result
         let still = |vm: &mut Vm| -> Result<()> {
             let before = screen::dump(vm, 0)?;
             ensure!(!screen::is_black(&before), "the screen is black");
-            let cycle_seen = Cycle::run(vm, sleep, terms)?;
+            let cycle_seen = Cycle::run(vm, sleep, terms, Way::Reset, 1)?;
             screen::expect(vm, 0, "the picture before suspend", &before)?;
             cycle_seen.check(vm)
         };
@@ -367,7 +441,7 @@ fn host(case: &mut Case, options: &[&str], append: &str, terms: Terms) -> Result
 
         let flips = |vm: &mut Vm| -> Result<()> {
             let seeds = client.start_flips(vm)?;
-            let cycle_seen = Cycle::run(vm, sleep, terms)?;
+            let cycle_seen = Cycle::run(vm, sleep, terms, Way::Reset, 1)?;
             client.expect_flips(vm, seeds)?;
             client.stop_flips(vm)?;
             cycle_seen.check(vm)
@@ -383,6 +457,55 @@ fn host(case: &mut Case, options: &[&str], append: &str, terms: Terms) -> Result
         ensure!(told.is_none(), "the host was told: {told:?}");
     }
     Ok(())
+}
+
+/// Name, machine, number of outputs, and what becomes of the device.
+fn machines(options: &[&str]) -> [(&'static str, Machine, usize, Way); 4] {
+    const TWO: [&str; 4] = ["--display", "1024x768", "--display", "1024x768"];
+    let behind_root_port = |device: &str| Machine {
+        host: Machine::on_reference_host(options).host,
+        ..Machine::behind_root_port(device)
+    };
+    let mut machines = [
+        ("pci", Machine::on_reference_host(options), 1, Way::Reset),
+        (
+            "two_outputs",
+            Machine::on_reference_host(&[options, &TWO].concat()),
+            2,
+            Way::Reset,
+        ),
+        ("root_port", behind_root_port(REFERENCE), 1, Way::Reset),
+        (
+            "no_soft_reset",
+            behind_root_port(&format!("{REFERENCE},x-pcie-pm-no-soft-reset=on")),
+            1,
+            Way::NoSoftReset,
+        ),
+    ];
+    for (_, machine, ..) in &mut machines {
+        machine.arguments = TRACE_STATUS.map(String::from).into();
+    }
+    machines
+}
+
+/// What is on the screen of another machine survives, without anything that is not needed.
+fn on_machine(
+    case: &mut Case,
+    machine: &Machine,
+    outputs: usize,
+    way: Way,
+    content: Content,
+    terms: Terms,
+) -> Result<()> {
+    let sizes = vec![SIZE; outputs];
+    let down_and_up = |vm: &mut Vm, cycle: u8| {
+        // In this order: after S3 the power button does not wake Q35 any more.
+        let sleep = if cycle == 1 { Sleep::Idle } else { Sleep::S3 };
+        Cycle::run(vm, sleep, terms, way, outputs).with_context(|| format!("{sleep:?}"))
+    };
+    survives(case, machine, content, &sizes, down_and_up, |vm, cycle| {
+        cycle.check(vm)
+    })
 }
 
 /// Returns whether the host was asked to keep everything.

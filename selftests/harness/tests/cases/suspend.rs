@@ -41,11 +41,18 @@ const VARIANTS: [(&str, &str); 6] = [
 
 /// What is on the screen when the guest goes down.
 #[derive(Clone, Copy)]
-enum Content {
+pub enum Content {
     Still,
     Flips,
     Console,
 }
+
+/// All of them, with their names.
+pub const CONTENTS: [(&str, Content); 3] = [
+    ("still", Content::Still),
+    ("flips", Content::Flips),
+    ("console", Content::Console),
+];
 
 fn machines() -> [(&'static str, Machine); 5] {
     [
@@ -70,15 +77,19 @@ pub fn trials() -> Vec<Trial> {
     let mut trials = Vec::new();
     for (sleep_name, sleep) in [("s3", Sleep::S3), ("s2idle", Sleep::Idle)] {
         for (machine_name, machine) in machines() {
-            for (content_name, content) in [
-                ("still", Content::Still),
-                ("flips", Content::Flips),
-                ("console", Content::Console),
-            ] {
+            for (content_name, content) in CONTENTS {
                 let machine = machine.clone();
                 let name = format!("suspend::{sleep_name}::{machine_name}::{content_name}");
                 trials.push(trial(name, move |case| {
-                    survives(case, &machine, content, |vm| sleep.cycle(vm))
+                    let sizes = vec![SIZE; machine.windows.max(1) as usize];
+                    survives(
+                        case,
+                        &machine,
+                        content,
+                        &sizes,
+                        |vm, _| sleep.cycle(vm),
+                        PICTURE,
+                    )
                 }));
             }
         }
@@ -86,7 +97,15 @@ pub fn trials() -> Vec<Trial> {
     for (name, properties) in VARIANTS {
         trials.push(trial(format!("suspend::variant::{name}"), move |case| {
             let machine = Machine::with_gpu(&format!("virtio-gpu-pci,{properties}"));
-            survives(case, &machine, Content::Still, |vm| Sleep::S3.cycle(vm))
+            let down_and_up = |vm: &mut Vm, _| Sleep::S3.cycle(vm);
+            survives(
+                case,
+                &machine,
+                Content::Still,
+                &[SIZE],
+                down_and_up,
+                PICTURE,
+            )
         }));
     }
     for (content_name, content) in [("still", Content::Still), ("console", Content::Console)] {
@@ -97,7 +116,9 @@ pub fn trials() -> Vec<Trial> {
                     case,
                     &Machine::with_gpu("virtio-gpu-pci"),
                     content,
-                    test_devices,
+                    &[SIZE],
+                    |vm, _| test_devices(vm),
+                    PICTURE,
                 )
             },
         ));
@@ -105,28 +126,34 @@ pub fn trials() -> Vec<Trial> {
     trials
 }
 
-fn survives(
+/// Nothing matters but the picture.
+const PICTURE: fn(&Vm, ()) -> Result<()> = |_, ()| Ok(());
+
+/// Has the guest go down and come back by `down_and_up`, which is told how often it has been called, and expects that what is on its
+/// outputs, of `sizes`, is back and can be drawn to. `check` is called when it is back.
+pub fn survives<T>(
     case: &mut Case,
     machine: &Machine,
     content: Content,
-    go_down_and_come_back: impl Fn(&mut Vm) -> Result<()>,
+    sizes: &[(u32, u32)],
+    down_and_up: impl Fn(&mut Vm, u8) -> Result<T>,
+    check: impl Fn(&Vm, T) -> Result<()>,
 ) -> Result<()> {
     let vm = case.boot(machine)?;
-    let heads = machine.windows.max(1);
-    for head in 1..heads {
-        vm.resize_window(head, SIZE.0 as u16, SIZE.1 as u16)?;
+    for head in 1..machine.windows {
+        let (width, height) = sizes[head as usize];
+        vm.resize_window(head, width as u16, height as u16)?;
     }
-    let sizes = vec![SIZE; heads as usize];
     match content {
         Content::Still => {
-            let client = Client::start(vm, 0, &sizes)?;
+            let client = Client::start(vm, 0, sizes)?;
             for cycle in 1..=CYCLES {
                 let before = screen::dump(vm, 0)?;
                 ensure!(
                     !screen::is_black(&before),
                     "the screen is black before suspend {cycle}"
                 );
-                go_down_and_come_back(vm)?;
+                let seen = down_and_up(vm, cycle)?;
                 screen::expect(
                     vm,
                     0,
@@ -134,28 +161,31 @@ fn survives(
                     &before,
                 )?;
                 client.expect(vm, cycle - 1)?;
+                check(vm, seen)?;
                 client.draw(vm, cycle)?;
             }
             client.end(vm)
         }
         Content::Flips => {
-            let client = Client::start(vm, 0, &sizes)?;
+            let client = Client::start(vm, 0, sizes)?;
             for cycle in 1..=CYCLES {
                 let seeds = client.start_flips(vm)?;
-                go_down_and_come_back(vm)?;
+                let seen = down_and_up(vm, cycle)?;
                 client.expect_flips(vm, seeds)?;
                 client.stop_flips(vm)?;
+                check(vm, seen)?;
                 client.draw(vm, cycle)?;
             }
             client.end(vm)
         }
         Content::Console => {
-            let mut console = Console::new(vm, heads)?;
+            let mut console = Console::new(vm, sizes.len() as u32)?;
             for cycle in 1..=CYCLES {
                 let line = 2 * u32::from(cycle);
                 console.write(vm, line, &format!("Before suspend {cycle}."))?;
-                go_down_and_come_back(vm)?;
+                let seen = down_and_up(vm, cycle)?;
                 console.expect(vm)?;
+                check(vm, seen)?;
                 console.write(vm, line + 1, &format!("After suspend {cycle}."))?;
             }
             Ok(())
