@@ -71,6 +71,7 @@ pub fn trials() -> Vec<Trial> {
             )
         }),
         trial("reset::needs_reset", needs_reset),
+        trial("reset::not_shown", not_shown),
         trial("reset::function::enabled_twice", enabled_twice),
         trial("reset::failed::enable", |case| {
             failed(case, "pci_enable_device")
@@ -275,6 +276,29 @@ fn enabled_twice(case: &mut Case) -> Result<()> {
         reset(vm)?;
         client.expect(vm, time - 1)?;
         client.draw(vm, time)?;
+    }
+    client.end(vm)
+}
+
+/// What recovery has to say of the screen cannot be mapped for the device. All of the picture is shown when a little of it is drawn.
+fn not_shown(case: &mut Case) -> Result<()> {
+    const ENOMEM: i32 = 12;
+    case.expect_in_log("*ERROR* reset, ");
+    let vm = case.boot(&Machine {
+        debugger: true,
+        ..Machine::behind_root_port("virtio-gpu-pci")
+    })?;
+    let client = Client::start(vm, 0, &[SIZE])?;
+    for seed in 1..=TIMES {
+        let mut debugger = Debugger::halt(vm)?;
+        let mark = vm.mark();
+        let writer = vm.start_program(&["sh", "-c", RESET])?;
+        debugger.return_from("virtqueue_add_sgs", -ENOMEM)?;
+        debugger.go()?;
+        vm.wait_end(writer)?;
+        vm.wait_console("reset, 1 commands to recover ", mark)?;
+        client.draw_and_show_part(vm, seed, [0, 0, 16, 8])?;
+        client.expect(vm, seed)?;
     }
     client.end(vm)
 }
