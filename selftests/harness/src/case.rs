@@ -116,6 +116,16 @@ impl Case {
     /// Looks for what must not be in any guest's logs.
     fn check_logs(&mut self) -> Result<()> {
         let mut logs = Vec::new();
+        let mut complaints = Vec::new();
+        if self.kernel.has("CONFIG_DEBUG_KMEMLEAK")
+            && let Some(vm) = &mut self.vm
+        {
+            let leaks = leaks(vm).context("looking for leaks")?;
+            if let Some(first) = leaks.lines().next() {
+                fs::write(vm.dir.join("leaks.log"), &leaks)?;
+                complaints.push(format!("memory leaked, see leaks.log, the first: {first}"));
+            }
+        }
         // The console has it all, unless it was cut off; the guest's own buffer has it, unless it is dead.
         if let Some(vm) = &mut self.vm {
             let log = vm.run("dmesg").context("collecting the kernel's log")?;
@@ -123,7 +133,6 @@ impl Case {
             logs.push(log);
         }
         let mut refused = Vec::new();
-        let mut complaints = Vec::new();
         let has_host = self.vm.as_ref().is_some_and(|vm| vm.host.is_some());
         for number in 1..=self.guests {
             let dir = self.guest_dir(number);
@@ -158,6 +167,23 @@ impl Case {
         }
         bail!("{}", complaints.join("\n"))
     }
+}
+
+/// Has the guest's kernel look for memory that nobody has a pointer to any more, and returns what it found.
+///
+/// It reports nothing that it has not found the same before, hence the first look, and nothing that was younger than MSECS_MIN_AGE
+/// when the last look began: by then, 5 s have to have passed in the guest.
+fn leaks(vm: &mut Vm) -> Result<String> {
+    const LOOK: &str = "echo scan > /sys/kernel/debug/kmemleak";
+    const SECONDS: &str = "cut -d . -f 1 /proc/uptime";
+    let now: u64 = vm.run(SECONDS)?.trim().parse()?;
+    vm.run(LOOK)?;
+    vm.run(&format!(
+        "until [ $({SECONDS}) -gt {} ]; do sleep 1; done",
+        now + 5
+    ))?;
+    vm.run(LOOK)?;
+    vm.run("cat /sys/kernel/debug/kmemleak")
 }
 
 /// What a case's name begins with if it takes too long for every day.

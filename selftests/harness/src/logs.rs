@@ -20,6 +20,7 @@ const KERNEL_FAULTS: &[&str] = &[
     "Slab cache still has objects",
     "flip_done timed out",
     "unreferenced object",
+    "new suspected memory leaks",
     // An IOMMU that the device ran into.
     "fault reason",
 ];

@@ -25,7 +25,7 @@ use virtgpu_lab::vm::{
     Vm, //
 };
 
-use crate::faults::expect_no_leaks;
+use crate::faults::unload;
 
 /// What the device offers first, and what the reference host is told to.
 const SIZE: (u32, u32) = (1280, 800);
@@ -202,7 +202,7 @@ fn probe(case: &mut Case) -> Result<()> {
         Ok(tried.failed)
     })?;
     vm.run(&format!("echo virtio0 > {bind}"))?;
-    expect_no_leaks(vm)
+    unload(vm)
 }
 
 /// An output that was off is turned on.
@@ -222,7 +222,7 @@ fn modeset(case: &mut Case) -> Result<()> {
         Ok(tried.failed)
     })?;
     client.end(vm)?;
-    expect_no_leaks(vm)
+    unload(vm)
 }
 
 /// A buffer of a few pages is created.
@@ -241,7 +241,7 @@ fn dumb(case: &mut Case) -> Result<()> {
     })?;
     client.draw(vm, 1)?;
     client.end(vm)?;
-    expect_no_leaks(vm)
+    unload(vm)
 }
 
 /// The PCI function is reset, while everybody is awake. Between the device and the memory is an IOMMU: there may be no memory to map
@@ -279,7 +279,7 @@ fn reset(case: &mut Case) -> Result<()> {
         Ok(tried.failed)
     })?;
     client.end(vm)?;
-    expect_no_leaks(vm)
+    unload(vm)
 }
 
 /// The list of a buffer's pages lies in so many pieces of memory that the ring can never hold them: that is an error, at once.
@@ -318,7 +318,7 @@ fn scattered(case: &mut Case) -> Result<()> {
         client.draw(vm, seed)?;
     }
     client.end(vm)?;
-    expect_no_leaks(vm)
+    unload(vm)
 }
 
 /// The devices are suspended, and resumed.
@@ -364,5 +364,5 @@ fn sleep(case: &mut Case, machine: &Machine, size: (u32, u32)) -> Result<()> {
         Ok(tried.failed)
     })?;
     client.end(vm)?;
-    expect_no_leaks(vm)
+    unload(vm)
 }
