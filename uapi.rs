@@ -280,6 +280,8 @@ mod tests {
             hdr, resource_id, nr_entries);
         same_layout!(GetEdid, virtio_gpu_cmd_get_edid: hdr, scanout, padding);
         same_layout!(StatusFreezing, virtio_gpu_status_freezing: hdr, freezing, padding);
+        same_layout!(DisplayOne, virtio_gpu_resp_display_info_virtio_gpu_display_one:
+            r, enabled, flags);
         same_layout!(RespDisplayInfo, virtio_gpu_resp_display_info: hdr, pmodes);
         same_layout!(RespEdid, virtio_gpu_resp_edid: hdr, size, padding, edid);
     }
