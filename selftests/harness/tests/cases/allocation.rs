@@ -169,6 +169,7 @@ fn probe(case: &mut Case) -> Result<()> {
         "*ERROR* Cannot mount pseudo fs",
         "*ERROR* Cannot allocate anonymous inode",
         "*ERROR* Cannot initialize graphics execution manager",
+        "*ERROR* failed to register connector device",
     ] {
         case.expect_in_log(text);
     }
