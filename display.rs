@@ -206,37 +206,32 @@ pub(crate) fn take_event(drm: &Device) -> bool {
     true
 }
 
-/// Shows a resource on a scanout, or nothing (resource 0).
-///
-/// A commit cannot fail any more when this is called; the caller gives the error to [`report`].
-fn set_scanout(drm: &Device, scanout: u32, resource: u32, rect: Rect) -> Result {
-    // First: what the host does not hear of because it is reset, recovery tells it.
-    if let Some(shown) = drm.screens.lock().get_mut(scanout as usize) {
-        *shown = Shown { resource, rect };
+/// Has recovery show something on a scanout. Before the host is told: what it does not hear of
+/// because it is reset, recovery tells it.
+fn remember(drm: &Device, scanout: u32, shown: Shown) {
+    if let Some(screen) = drm.screens.lock().get_mut(scanout as usize) {
+        *screen = shown;
     }
+}
+
+/// Has the host show something on a scanout.
+fn set_scanout(drm: &Device, scanout: u32, shown: Shown) -> Result {
     drm.queue.submit(
-        &command::set_scanout(scanout, resource, rect),
+        &command::set_scanout(scanout, shown.resource, shown.rect),
         None,
         Token::unattended::<uapi::SetScanout>(None),
         Who::Kernel,
     )
 }
 
-/// The error of a command that belongs to a commit. On a device that is gone or wedged there is
-/// nothing to say that has not been said.
-///
-/// Returns whether there was none.
-fn report(drm: &Device, what: &str, result: Result) -> bool {
-    let Err(e) = result else {
-        return true;
-    };
-
-    if e != ENODEV && e != EIO {
+/// Logs the error of commands that belong to a commit, which cannot fail any more. On a device that
+/// is gone or wedged there is nothing to say that has not been said.
+fn report(drm: &Device, what: &str, error: Error) {
+    if error != ENODEV && error != EIO {
         kernel::do_once_lite! {
-            dev_err!(drm.as_ref(), "*ERROR* {} was not sent: {:?}\n", what, e)
+            dev_err!(drm.as_ref(), "*ERROR* {} was not sent: {:?}\n", what, error)
         }
     }
-    false
 }
 
 impl kms::Driver for DrmDriver {
@@ -362,22 +357,32 @@ impl DriverPlane for Primary {
         };
         let resource = picture.resource;
         let offset = damage.offset(picture.pitch, CPP);
+        let shown = Shown {
+            resource: resource.id,
+            rect: src,
+        };
+        // The mode was set with nothing to be seen, whether the framebuffer is a new one or not.
+        let new = all || update.fb_changed() || update.src_changed() || update.needs_modeset();
+
+        if new {
+            remember(drm, plane.scanout, shown);
+        }
+
         let sent = picture
             .sync(drm)
             .and_then(|()| picture.object.complete())
-            .and_then(|()| resource.transfer(&drm.queue, damage, offset));
-        let mut shown = report(drm, "a picture", sent);
+            .and_then(|()| resource.transfer(&drm.queue, damage, offset))
+            .and_then(|()| match new {
+                true => set_scanout(drm, plane.scanout, shown),
+                false => Ok(()),
+            })
+            .and_then(|()| resource.flush(&drm.queue, damage));
 
-        // The mode was set with nothing to be seen, whether the framebuffer is a new one or not.
-        if all || update.fb_changed() || update.src_changed() || update.needs_modeset() {
-            shown &= report(
-                drm,
-                "a scanout",
-                set_scanout(drm, plane.scanout, resource.id, src),
-            );
+        if let Err(e) = sent {
+            report(drm, "a picture", e);
         }
-        shown &= report(drm, "a flush", resource.flush(&drm.queue, damage));
-        if !shown {
+        // Recovery may have come in between, and had no memory for what was not shown yet.
+        if sent.is_err() || !resource.is_complete() {
             dark.store(true, Relaxed);
         }
     }
@@ -391,11 +396,10 @@ impl Primary {
     fn off(plane: &Plane<Self>) {
         let drm = plane.dev();
 
-        report(
-            drm,
-            "a scanout",
-            set_scanout(drm, plane.scanout, 0, Rect::default()),
-        );
+        remember(drm, plane.scanout, Shown::default());
+        if let Err(e) = set_scanout(drm, plane.scanout, Shown::default()) {
+            report(drm, "an empty screen", e);
+        }
     }
 }
 
@@ -475,14 +479,12 @@ impl Head {
 
         copy.extend_from_slice(new, GFP_KERNEL)?;
         // With the lock held: the copy must not become another one than the connector's.
-        *old = match connector.update_edid((!new.is_empty()).then_some(new)) {
-            Ok(()) => Some(copy),
-            Err(e) => {
-                // The connector has none now. There may have been no memory for it.
-                Self::warn(connector, e);
-                None
-            }
-        };
+        if let Err(e) = connector.update_edid((!new.is_empty()).then_some(new)) {
+            Self::warn(connector, e);
+            // The connector has none now. There may have been no memory for it.
+            return Ok(old.take().is_some_and(|old| !old.is_empty()));
+        }
+        *old = Some(copy);
         Ok(true)
     }
 }

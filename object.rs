@@ -91,6 +91,11 @@ impl Resource {
         }
     }
 
+    /// Whether the host has been told all there is.
+    pub(crate) fn is_complete(&self) -> bool {
+        self.told.load(Relaxed) == FILLED
+    }
+
     /// Tells the host what is still missing, with `fill` the contents, too, as far as there is
     /// room: [`EAGAIN`] if there was none. The caller holds [`Resources::live`].
     fn tell(&self, queue: &Queue, fill: bool, who: Who, tally: Option<&Arc<Tally>>) -> Result {
@@ -382,7 +387,7 @@ impl Object {
     /// Context and errors: as for [`Queue::submit`].
     pub(crate) fn complete(&self) -> Result {
         match self.resource() {
-            Some(resource) if resource.told.load(Relaxed) < FILLED => self
+            Some(resource) if !resource.is_complete() => self
                 .resources
                 .make(resource.id, true, Who::Kernel, None)
                 .map(drop),

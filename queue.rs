@@ -358,7 +358,9 @@ impl Engine {
                 count
             );
         }
-        if command == uapi::ResourceCreate2d::TYPE {
+        if command == uapi::ResourceCreate2d::TYPE
+            && (uapi::resp::ERR_UNSPEC..=uapi::resp::ERR_INVALID_PARAMETER).contains(&ty)
+        {
             self.missing.fetch_add(1, Relaxed);
         }
         if ty != uapi::resp::ERR_INVALID_RESOURCE_ID {
