@@ -31,7 +31,7 @@ impl Debugger {
     pub fn halt(vm: &Vm) -> Result<Self> {
         let path = vm.debugger()?;
         let stub = UnixStream::connect(&path).with_context(|| path.display().to_string())?;
-        stub.set_read_timeout(Some(LIMIT))?;
+        stub.set_read_timeout(Some(LIMIT * vm.patience))?;
         let mut debugger = Self {
             stub,
             symbols: kernel::symbols()?,

@@ -50,7 +50,7 @@ pub fn watch(
     limit: Duration,
     mut right: impl FnMut(&RgbImage) -> bool,
 ) -> Result<(RgbImage, bool)> {
-    let end = Instant::now() + limit;
+    let end = Instant::now() + limit * vm.patience;
     loop {
         let picture = dump(vm, head)?;
         let is_right = right(&picture);

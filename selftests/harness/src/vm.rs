@@ -68,14 +68,17 @@ use crate::kernel::Kernel;
 use crate::logs;
 use crate::vnc::Window;
 
-/// How long a guest may take to its shell. It takes 3 s on an idle machine, 20 s with a debug kernel, and a machine may be busy.
-const BOOT_LIMIT: Duration = Duration::from_secs(180);
+/// How long a guest may take to its shell. It takes 3 s on an idle machine, and a machine may be busy.
+const BOOT_LIMIT: Duration = Duration::from_secs(90);
 
 /// How long anything else in a guest may take.
 pub const LIMIT: Duration = Duration::from_secs(40);
 
 /// How long the monitor may take to answer.
 const MONITOR_LIMIT: Duration = Duration::from_secs(20);
+
+/// How many times as long everything may take with a kernel that looks at every access to memory.
+const DEBUG_PATIENCE: u32 = 6;
 
 const SIGTERM: i32 = 15;
 
@@ -324,6 +327,8 @@ pub struct Vm {
     pub machine: Machine,
     /// The reference host, if the GPU is its.
     pub host: Option<Host>,
+    /// How many times as long as on any other kernel everything may take.
+    pub patience: u32,
     windows: Vec<Window>,
     sockets: TempDir,
 }
@@ -436,6 +441,10 @@ impl Vm {
             dir: dir.to_owned(),
             machine: machine.clone(),
             host,
+            patience: match kernel.has("CONFIG_KASAN") {
+                true => DEBUG_PATIENCE,
+                false => 1,
+            },
             windows: Vec::new(),
             sockets,
         };
@@ -463,7 +472,7 @@ impl Vm {
         limit: Duration,
         mut pick: impl FnMut(&Note) -> Option<T>,
     ) -> Result<T> {
-        let end = Instant::now() + limit;
+        let end = Instant::now() + limit * self.patience;
         let mut next = mark.0;
         loop {
             while let Some(note) = self.seen.get(next) {
