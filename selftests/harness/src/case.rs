@@ -3,7 +3,10 @@
 //! A test case: its guest, and what has to hold at the end of every case.
 
 use std::fs;
-use std::path::PathBuf;
+use std::path::{
+    Path,
+    PathBuf, //
+};
 
 use anyhow::{
     Context,
@@ -120,7 +123,8 @@ impl Case {
         if self.kernel.has("CONFIG_DEBUG_KMEMLEAK")
             && let Some(vm) = &mut self.vm
         {
-            let leaks = leaks(vm).context("looking for leaks")?;
+            let leaks = leaks(vm).context("looking for leaks");
+            let leaks = or_complain(leaks, &mut complaints).unwrap_or_default();
             if let Some(first) = leaks.lines().next() {
                 fs::write(vm.dir.join("leaks.log"), &leaks)?;
                 complaints.push(format!("memory leaked, see leaks.log, the first: {first}"));
@@ -128,20 +132,23 @@ impl Case {
         }
         // The console has it all, unless it was cut off; the guest's own buffer has it, unless it is dead.
         if let Some(vm) = &mut self.vm {
-            let log = vm.run("dmesg").context("collecting the kernel's log")?;
-            fs::write(vm.dir.join("dmesg.log"), &log)?;
-            logs.push(log);
+            let log = vm.run("dmesg").context("collecting the kernel's log");
+            if let Some(log) = or_complain(log, &mut complaints) {
+                fs::write(vm.dir.join("dmesg.log"), &log)?;
+                logs.push(log);
+            }
         }
         let mut refused = Vec::new();
-        let has_host = self.vm.as_ref().is_some_and(|vm| vm.host.is_some());
         for number in 1..=self.guests {
             let dir = self.guest_dir(number);
             if dir.exists() {
-                logs.push(fs::read_to_string(dir.join("console.log"))?);
-                let log = String::from_utf8_lossy(&fs::read(dir.join("qemu.log"))?).into_owned();
+                logs.extend(or_complain(read(&dir, "console.log"), &mut complaints));
+                let log = or_complain(read(&dir, "qemu.log"), &mut complaints).unwrap_or_default();
                 refused.extend(logs::refused_commands(&log).into_iter().map(String::from));
-                if has_host && !self.violations {
-                    complaints.extend(host::complaints(&dir, &self.refused)?);
+                if host::was_there(&dir) && !self.violations {
+                    let of_host = host::complaints(&dir, &self.refused);
+                    let of_host = or_complain(of_host, &mut complaints).unwrap_or_default();
+                    complaints.extend(of_host);
                 }
             }
         }
@@ -167,6 +174,20 @@ impl Case {
         }
         bail!("{}", complaints.join("\n"))
     }
+}
+
+/// Returns what was asked for, or adds the reason why there is nothing to `complaints`: what else there is, is to be looked at.
+fn or_complain<T>(result: Result<T>, complaints: &mut Vec<String>) -> Option<T> {
+    result
+        .map_err(|error| complaints.push(format!("{error:#}")))
+        .ok()
+}
+
+/// Reads a log in the directory of a guest.
+fn read(dir: &Path, name: &str) -> Result<String> {
+    let path = dir.join(name);
+    let log = fs::read(&path).with_context(|| path.display().to_string())?;
+    Ok(String::from_utf8_lossy(&log).into_owned())
 }
 
 /// Has the guest's kernel look for memory that nobody has a pointer to any more, and returns what it found.

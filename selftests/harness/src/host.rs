@@ -169,6 +169,11 @@ fn faults(record: &[Entry], expected: &[&str]) -> Vec<String> {
     complaints
 }
 
+/// Whether a guest whose directory is `dir` had a host.
+pub(crate) fn was_there(dir: &Path) -> bool {
+    dir.join(RECORD).exists()
+}
+
 /// Returns what must not be in the directory of a guest: [`faults`] in the record, and anything that the host said.
 pub(crate) fn complaints(dir: &Path, expected: &[&str]) -> Result<Vec<String>> {
     let mut complaints = faults(&read_record(dir)?, expected);
