@@ -15,6 +15,7 @@ use virtgpu_lab::case::{
 };
 use virtgpu_lab::client::Client;
 use virtgpu_lab::debugger::Debugger;
+use virtgpu_lab::host::Host;
 use virtgpu_lab::screen;
 use virtgpu_lab::suspend::Sleep;
 use virtgpu_lab::vm::{
@@ -180,8 +181,10 @@ fn broken_on_the_way(case: &mut Case, machine: &Machine) -> Result<()> {
         "1st GET_DISPLAY_INFO",
         "1st GET_EDID",
     ]) {
+        control(vm, "reset-counters")?;
         control(vm, &format!("fault {fault}: bad descriptor id"))?;
         Sleep::S3.cycle(vm)?;
+        host(vm)?.wait_faults(1)?;
         client.expect(vm, seed)?;
         client.draw(vm, seed + 1)?;
     }
@@ -421,9 +424,12 @@ fn always_broken(case: &mut Case) -> Result<()> {
     client.end(vm)
 }
 
+fn host(vm: &Vm) -> Result<&Host> {
+    vm.host.as_ref().context("the machine has no such host")
+}
+
 fn control(vm: &Vm, line: &str) -> Result<()> {
-    let host = vm.host.as_ref().context("the machine has no such host")?;
-    host.control(line).map(drop)
+    host(vm)?.control(line).map(drop)
 }
 
 /// Suspends and resumes the devices.
