@@ -25,6 +25,8 @@ use crate::kernel::{
 };
 use crate::logs;
 use crate::vm::{
+    CONSOLE,
+    FIRST_CONSOLE,
     Machine,
     Vm, //
 };
@@ -142,7 +144,9 @@ impl Case {
         for number in 1..=self.guests {
             let dir = self.guest_dir(number);
             if dir.exists() {
-                logs.extend(or_complain(read(&dir, "console.log"), &mut complaints));
+                logs.extend(or_complain(read(&dir, CONSOLE), &mut complaints));
+                // Only of a guest that had to be booted twice. That it hung is forgiven, not what it said.
+                logs.extend(read(&dir, FIRST_CONSOLE).ok());
                 let log = or_complain(read(&dir, "qemu.log"), &mut complaints).unwrap_or_default();
                 refused.extend(logs::refused_commands(&log).into_iter().map(String::from));
                 if host::was_there(&dir) && !self.violations {

@@ -89,6 +89,10 @@ pub const REFERENCE: &str =
 /// Name of the GPU in the machine.
 pub const GPU: &str = "gpu0";
 
+/// Names of what the console said in the directory of a guest, and of what it said the first time if the guest was booted twice.
+pub(crate) const CONSOLE: &str = "console.log";
+pub(crate) const FIRST_CONSOLE: &str = "console-first.log";
+
 /// Name of the gdb stub's socket.
 const DEBUGGER: &str = "gdb";
 
@@ -352,6 +356,9 @@ impl Vm {
         attempt().or_else(|error| {
             // About one boot in sixty hangs under TCG on a loaded machine, before any of our code runs.
             eprintln!("{}: no shell, booting once more: {error:#}", dir.display());
+            if dir.join(CONSOLE).exists() {
+                fs::rename(dir.join(CONSOLE), dir.join(FIRST_CONSOLE))?;
+            }
             attempt()
         })
     }
@@ -425,7 +432,7 @@ impl Vm {
         let (monitor, _) = listeners.0.accept()?;
         let (console, _) = listeners.1.accept()?;
         let (agent, _) = listeners.2.accept()?;
-        let log = File::create(dir.join("console.log"))?;
+        let log = File::create(dir.join(CONSOLE))?;
         read_json(monitor.try_clone()?, sender.clone(), Note::Monitor);
         read_json(agent.try_clone()?, sender.clone(), Note::Agent);
         read_console(console, log, sender);
