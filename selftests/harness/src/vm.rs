@@ -77,8 +77,8 @@ pub const LIMIT: Duration = Duration::from_secs(40);
 /// How long the monitor may take to answer.
 const MONITOR_LIMIT: Duration = Duration::from_secs(20);
 
-/// How many times as long everything may take with a kernel that looks at every access to memory.
-const DEBUG_PATIENCE: u32 = 6;
+/// How many times as long everything may take with a kernel that looks at every access to memory, or where instructions are counted.
+const PATIENCE: u32 = 6;
 
 const SIGTERM: i32 = 15;
 
@@ -331,7 +331,7 @@ pub struct Vm {
     pub machine: Machine,
     /// The reference host, if the GPU is its.
     pub host: Option<Host>,
-    /// How many times as long as on any other kernel everything may take.
+    /// How many times as long as in other machines everything may take.
     pub patience: u32,
     windows: Vec<Window>,
     sockets: TempDir,
@@ -448,8 +448,8 @@ impl Vm {
             dir: dir.to_owned(),
             machine: machine.clone(),
             host,
-            patience: match kernel.has("CONFIG_KASAN") {
-                true => DEBUG_PATIENCE,
+            patience: match machine.icount || kernel.has("CONFIG_KASAN") {
+                true => PATIENCE,
                 false => 1,
             },
             windows: Vec::new(),
