@@ -54,6 +54,7 @@ use virtgpu_lab::vm::{
     Vm, //
 };
 
+use crate::identity::is_built_in;
 use crate::suspend::{
     CONTENTS,
     Content,
@@ -151,12 +152,12 @@ pub fn trials() -> Vec<Trial> {
         trial("freezing::forgotten::shown", forgotten_shown),
         trial("freezing::forgotten::held", forgotten_held),
         trial("freezing::never_made", never_made),
-        trial("freezing::lost", lost),
         trial("freezing::objects", objects),
     ]);
     trials
         .into_iter()
         .map(|trial| trial.with_ignored_flag(other))
+        .chain([trial("freezing::lost", lost).with_ignored_flag(other || is_built_in())])
         .collect()
 }
 

@@ -20,7 +20,6 @@ use virtgpu_lab::client::Client;
 use virtgpu_lab::console::Console;
 use virtgpu_lab::debugger::Debugger;
 use virtgpu_lab::initramfs;
-use virtgpu_lab::kernel::Kernel;
 use virtgpu_lab::suspend::Sleep;
 use virtgpu_lab::vm::{
     GPU,
@@ -30,6 +29,8 @@ use virtgpu_lab::vm::{
     REFERENCE,
     Vm, //
 };
+
+use crate::identity::is_built_in;
 
 /// What QEMU's device offers first, and what the reference host does.
 const SIZE: (u32, u32) = (1280, 800);
@@ -42,13 +43,11 @@ const UNBIND: &str = "echo virtio0 > /sys/bus/virtio/drivers/virtio_gpu/unbind";
 const BIND: &str = "echo virtio0 > /sys/bus/virtio/drivers/virtio_gpu/bind";
 
 pub fn trials() -> Vec<Trial> {
-    // Without a kernel to ask, the cases run, and say what is missing.
-    let built_in = Kernel::from_env().is_ok_and(|kernel| kernel.modules.is_empty());
     vec![
         trial("unplug::unbind", unbind),
         trial("unplug::probe_fails", probe_fails),
-        trial("unplug::unload_in_use", unload_in_use).with_ignored_flag(built_in),
-        trial("unplug::disabled", disabled).with_ignored_flag(built_in),
+        trial("unplug::unload_in_use", unload_in_use).with_ignored_flag(is_built_in()),
+        trial("unplug::disabled", disabled).with_ignored_flag(is_built_in()),
         trial("unplug::device_drawing", device_drawing),
         trial("unplug::device_asleep", device_asleep),
         trial("unplug::unanswered", unanswered),
