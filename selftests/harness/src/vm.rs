@@ -5,6 +5,7 @@
 //! Everything that a guest and its QEMU say arrives as a [`Note`] in one list, in the order of arrival. Whoever waits names the
 //! note that is awaited and the place in the list from which on it counts, so that nothing is missed and nothing is slept for.
 
+use std::fmt::Display;
 use std::fs::{
     self,
     File, //
@@ -85,6 +86,21 @@ const SIGTERM: i32 = 15;
 /// QEMU's end of the reference host. A configuration space of 24 bytes is one with a blob alignment.
 pub const REFERENCE: &str =
     "vhost-user-test-device-pci,virtio-id=16,num_vqs=2,config_size=24,vq_size=256,chardev=gpu";
+
+/// Returns [`REFERENCE`] with another value of a property that it has.
+pub fn reference_with(property: &str, value: impl Display) -> String {
+    let mut known = false;
+    let properties = REFERENCE.split(',').map(|one| match one.split_once('=') {
+        Some((name, _)) if name == property => {
+            known = true;
+            format!("{name}={value}")
+        }
+        _ => one.to_owned(),
+    });
+    let properties: Vec<_> = properties.collect();
+    assert!(known, "the reference host's device has no {property}");
+    properties.join(",")
+}
 
 /// Name of the GPU in the machine.
 pub const GPU: &str = "gpu0";
@@ -769,7 +785,7 @@ impl Vm {
         let host = Host::start(&options, &self.dir)?;
         let socket = host.socket();
         self.host = Some(host);
-        let device = REFERENCE.replace("chardev=gpu", &format!("chardev={ANOTHER}"));
+        let device = reference_with("chardev", ANOTHER);
         self.until_uevent("/drm/card", "ACTION=add", |vm| {
             for command in [
                 format!("chardev-remove {ANOTHER}"),
@@ -876,4 +892,22 @@ fn read_console(stream: UnixStream, mut log: File, to: Sender<Note>) {
             }
         }
     });
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_property_gets_another_value() {
+        let device = reference_with("vq_size", 16);
+        assert_eq!(device, REFERENCE.replace("vq_size=256", "vq_size=16"));
+        assert_ne!(device, REFERENCE);
+    }
+
+    #[test]
+    #[should_panic(expected = "has no vq_sizes")]
+    fn a_property_must_be_there() {
+        reference_with("vq_sizes", 16);
+    }
 }

@@ -21,8 +21,8 @@ use virtgpu_lab::kernel::{
 use virtgpu_lab::vm::{
     GPU,
     Machine,
-    REFERENCE,
-    Vm, //
+    Vm,
+    reference_with, //
 };
 
 use crate::faults::unload;
@@ -288,10 +288,7 @@ fn scattered(case: &mut Case) -> Result<()> {
     let host =
         Machine::on_reference_host(&["--display", "640x480", "--features", "edid,event-idx"]);
     case.boot(&Machine {
-        devices: vec![format!(
-            "{},id={GPU}",
-            REFERENCE.replace("vq_size=256", "vq_size=16")
-        )],
+        devices: vec![format!("{},id={GPU}", reference_with("vq_size", 16))],
         ..host
     })?;
     prepare(case, Whose::Thread)?;

@@ -23,8 +23,8 @@ use virtgpu_lab::logs;
 use virtgpu_lab::suspend::Sleep;
 use virtgpu_lab::vm::{
     Machine,
-    REFERENCE,
-    Vm, //
+    Vm,
+    reference_with, //
 };
 
 use crate::identity::is_built_in;
@@ -205,7 +205,7 @@ fn short_config(case: &mut Case, size: u32) -> Result<()> {
     let module = case.kernel.driver.module();
     case.expect_in_log(MISSING);
     let mut machine = Machine::on_reference_host(&[]);
-    let device = REFERENCE.replace("config_size=24", &format!("config_size={size}"));
+    let device = reference_with("config_size", size);
     machine.devices = vec![format!("{device},id=gpu0")];
     let vm = case.boot_bare(&machine)?;
     for _ in 0..2 {

@@ -26,7 +26,8 @@ use virtgpu_lab::vm::{
     Note,
     Program,
     REFERENCE,
-    Vm, //
+    Vm,
+    reference_with, //
 };
 
 /// How often each guest's GPU is reset.
@@ -148,7 +149,7 @@ fn slowly(case: &mut Case) -> Result<()> {
     const BUFFERS: usize = 88;
     const RING: usize = 16;
     case.expect_in_log("is not a head");
-    let device = REFERENCE.replace("vq_size=256", &format!("vq_size={RING}"));
+    let device = reference_with("vq_size", RING);
     let vm = case.boot(&Machine {
         devices: vec![format!("{device},id={GPU}")],
         ..Machine::on_reference_host(&[])

@@ -21,8 +21,8 @@ use virtgpu_lab::suspend::{
 use virtgpu_lab::vm::{
     GPU,
     Machine,
-    REFERENCE,
-    Vm, //
+    Vm,
+    reference_with, //
 };
 
 const SIZE: (u32, u32) = (1280, 800);
@@ -94,10 +94,7 @@ fn large_backing(case: &mut Case) -> Result<()> {
 /// The same in a ring of 16 entries, which a buffer of moderate size may overfill, and suspend.
 fn short_ring(case: &mut Case) -> Result<()> {
     let machine = Machine::on_reference_host(&["--features", "edid,event-idx"]);
-    let device = format!(
-        "{},id={GPU}",
-        REFERENCE.replace("vq_size=256", "vq_size=16")
-    );
+    let device = format!("{},id={GPU}", reference_with("vq_size", 16));
     let vm = case.boot(&Machine {
         devices: vec![device],
         ..machine

@@ -27,7 +27,8 @@ use virtgpu_lab::vm::{
     Note,
     Program,
     REFERENCE,
-    Vm, //
+    Vm,
+    reference_with, //
 };
 
 use crate::identity::is_built_in;
@@ -248,12 +249,12 @@ fn disabled(case: &mut Case) -> Result<()> {
     show_something(vm, 100, SIZE)
 }
 
-/// A machine whose GPU can be taken out, as that of QEMU cannot.
-fn pluggable() -> Machine {
+/// A machine whose GPU, that of the reference host, can be taken out, as that of QEMU cannot.
+fn pluggable(device: &str) -> Machine {
     Machine {
         devices: vec![
             "pcie-root-port,id=port0".into(),
-            format!("{REFERENCE},id={GPU},bus=port0"),
+            format!("{device},id={GPU},bus=port0"),
         ],
         // The kernel has no ACPI hotplug, and does not ask the firmware for the other one.
         append: "pcie_ports=native".into(),
@@ -268,7 +269,7 @@ fn pluggable() -> Machine {
 
 /// The device is taken out while a client draws and another one holds buffers, and put back in.
 fn device_drawing(case: &mut Case) -> Result<()> {
-    let vm = case.boot(&pluggable())?;
+    let vm = case.boot(&pluggable(REFERENCE))?;
     for round in 0..2 {
         let client = Client::start(vm, 10 * round, &[HOST_SIZE])?;
         let (one, other) = (Holder::start(vm)?, Holder::start(vm)?);
@@ -287,7 +288,7 @@ fn device_drawing(case: &mut Case) -> Result<()> {
 
 /// The device is taken out while the guest sleeps. Not in RAM: when QEMU wakes a machine from that, its slots forget the request.
 fn device_asleep(case: &mut Case) -> Result<()> {
-    let vm = case.boot(&pluggable())?;
+    let vm = case.boot(&pluggable(REFERENCE))?;
     for round in 0..2 {
         let client = Client::start(vm, 10 * round, &[HOST_SIZE])?;
         let holder = Holder::start(vm)?;
@@ -313,11 +314,7 @@ fn unanswered(case: &mut Case) -> Result<()> {
     const RING: usize = 16;
     const TOO_LONG: &str = " was not sent: ";
     case.expect_in_log(TOO_LONG);
-    let mut machine = pluggable();
-    for device in &mut machine.devices {
-        *device = device.replace("vq_size=256", &format!("vq_size={RING}"));
-    }
-    let vm = case.boot(&machine)?;
+    let vm = case.boot(&pluggable(&reference_with("vq_size", RING)))?;
     for round in 0..2 {
         let client = Client::start(vm, 10 * round, &[HOST_SIZE])?;
         let holder = Holder::start(vm)?;

@@ -21,7 +21,7 @@ use virtgpu_lab::suspend::{
 use virtgpu_lab::vm::{
     GPU,
     Machine,
-    REFERENCE, //
+    reference_with, //
 };
 
 /// What the device offers first.
@@ -248,7 +248,7 @@ fn full_ring(case: &mut Case) -> Result<()> {
     const SIZE: (u32, u32) = (1024, 768);
     const RING: usize = 16;
     let machine = Machine::on_reference_host(&["--freezing", "off"]);
-    let device = REFERENCE.replace("vq_size=256", &format!("vq_size={RING}"));
+    let device = reference_with("vq_size", RING);
     let vm = case.boot(&Machine {
         devices: vec![format!("{device},id={GPU}")],
         ..machine
