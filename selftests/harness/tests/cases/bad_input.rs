@@ -28,6 +28,7 @@ use virtgpu_lab::vm::{
 };
 
 use crate::identity::is_built_in;
+use crate::reset::COMMON_CONFIG;
 
 /// What the host may hear of a buffer that is never shown.
 const EXPECTED: [&str; 4] = [
@@ -220,8 +221,25 @@ fn short_config(case: &mut Case, size: u32) -> Result<()> {
 fn admin_queue(case: &mut Case) -> Result<()> {
     /// Number of the feature bit VIRTIO_F_ADMIN_VQ.
     const ADMIN_VQ: usize = 41;
+    /// Reads the second byte of `device_feature` after `device_feature_select` was set to 1: features from 40 on.
+    const OFFERED: &str = r#"
+put $((at + 8)) '\0\0\0\0'
+put $((at + 12)) '\004\0\0\0'
+put $((at + 16)) '\001'
+put $((at + 8)) '\004\0\0\0'
+byte $((at + 16)) > /dev/null
+byte $((at + 17))
+"#;
     let module = case.kernel.driver.module();
     let vm = case.boot(&Machine::on_reference_host(&["--claim-feature", "41"]))?;
+    let offered: u8 = vm
+        .run(&format!("{COMMON_CONFIG}{OFFERED}"))?
+        .trim()
+        .parse()?;
+    ensure!(
+        offered & 1 << (ADMIN_VQ % 8) != 0,
+        "of the features from 40 on, the device offers {offered:#x}"
+    );
     let features = vm.run("cat /sys/bus/virtio/devices/virtio0/features")?;
     ensure!(
         features.as_bytes().get(ADMIN_VQ) == Some(&b'0'),

@@ -195,9 +195,9 @@ fn broken_on_the_way(case: &mut Case, machine: &Machine) -> Result<()> {
     client.end(vm)
 }
 
-/// Has QEMU's device find a fault in the driver, upon which it asks to be reset: in the common configuration, which is in BAR 4, 2
-/// is no value for `queue_enable`, at 28. It is written through the capability that gives access to BARs.
-const PROVOKE: &str = r#"
+/// Gets at the common configuration of QEMU's device, which is in BAR 4, through the capability that gives access to BARs, at `at`: at
+/// 8 it has the place, at 12 the length, and at 16 what is there.
+pub const COMMON_CONFIG: &str = r#"
 config=/sys/class/drm/card0/device/config
 byte() { od -A n -t u1 -j $1 -N 1 $config | tr -d ' '; }
 put() { printf "$2" | dd of=$config bs=1 seek=$1 conv=notrunc 2>/dev/null; }
@@ -207,6 +207,10 @@ until [ $(byte $at) = 9 ] && [ $(byte $((at + 3))) = 5 ]; do
 	[ $at != 0 ] || exit 1
 done
 put $((at + 4)) '\004'
+"#;
+
+/// Has QEMU's device find a fault in the driver, upon which it asks to be reset: 2 is no value for `queue_enable`.
+const PROVOKE: &str = r#"
 put $((at + 8)) '\034\0\0\0'
 put $((at + 12)) '\002\0\0\0'
 put $((at + 16)) '\002'
@@ -219,7 +223,7 @@ fn needs_reset(case: &mut Case) -> Result<()> {
     for time in 1..=TIMES {
         let seeds = client.start_flips(vm)?;
         let mark = vm.mark();
-        vm.run(PROVOKE)?;
+        vm.run(&format!("{COMMON_CONFIG}{PROVOKE}"))?;
         vm.wait_console("the device does not work", mark)?;
         vm.wait_console("resources recovered", mark)?;
         client.expect_flips(vm, seeds)?;
