@@ -294,7 +294,7 @@ fn enabled_twice(case: &mut Case) -> Result<()> {
 /// What recovery has to say of the screen cannot be mapped for the device. All of the picture is shown when a little of it is drawn.
 fn not_shown(case: &mut Case) -> Result<()> {
     const ENOMEM: i32 = 12;
-    case.expect_in_log("*ERROR* reset, ");
+    case.expect_in_log("*ERROR* reset, 1 commands to recover ");
     let vm = case.boot(&Machine {
         debugger: true,
         ..Machine::behind_root_port("virtio-gpu-pci")
