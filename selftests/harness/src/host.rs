@@ -45,7 +45,7 @@ use tempfile::TempDir;
 
 use crate::cargo;
 
-/// How long it may take to listen.
+/// How long it may take to listen, or to answer.
 const LIMIT: Duration = Duration::from_secs(20);
 
 /// Name of the record in the guest's directory.
@@ -248,9 +248,12 @@ impl Host {
     /// Asks the host for something, as `virtgpu-host ctl` does, and returns its answer.
     pub fn control(&self, line: &str) -> Result<Value> {
         let mut stream = UnixStream::connect(self.sockets.path().join("control"))?;
+        stream.set_read_timeout(Some(LIMIT))?;
         writeln!(stream, "{line}")?;
         let mut answer = String::new();
-        BufReader::new(stream).read_line(&mut answer)?;
+        BufReader::new(stream)
+            .read_line(&mut answer)
+            .with_context(|| format!("waiting for the host's answer to '{line}'"))?;
         let answer: Value = serde_json::from_str(&answer)?;
         if let Some(error) = answer.get("error") {
             bail!("the host refuses '{line}': {error}");
