@@ -11,6 +11,10 @@ use std::path::{
 };
 use std::process::Command;
 use std::sync::Mutex;
+use std::time::{
+    Duration,
+    SystemTime, //
+};
 
 use anyhow::{
     Context,
@@ -109,13 +113,34 @@ pub fn make(kernel: &Kernel, programs: &[PathBuf]) -> Result<PathBuf> {
         .map(|byte| format!("{byte:02x}"))
         .collect();
     let archive = results()?.join(format!("initramfs-{hash}.cpio"));
-    if !archive.exists() {
+    if archive.exists() {
+        // It is in use.
+        fs::File::open(&archive)?.set_modified(SystemTime::now())?;
+    } else {
         // Another process may do the same: each writes a file of its own, and the name appears when it is complete.
         let mut new = tempfile::NamedTempFile::new_in(results()?)?;
         write(&files, new.as_file_mut())?;
         new.persist(&archive)?;
+        remove_old()?;
     }
     Ok(archive)
+}
+
+/// Removes what nobody has used in a week: every new kernel and program makes another one.
+fn remove_old() -> Result<()> {
+    const WEEK: Duration = Duration::from_secs(7 * 24 * 60 * 60);
+    for entry in fs::read_dir(results()?)? {
+        let entry = entry?;
+        let name = entry.file_name();
+        let name = name.to_string_lossy();
+        let is_archive = name.starts_with("initramfs-") && name.ends_with(".cpio");
+        // One from the future is not old.
+        let is_old = |age: Duration| age > WEEK;
+        if is_archive && entry.metadata()?.modified()?.elapsed().is_ok_and(is_old) {
+            fs::remove_file(entry.path())?;
+        }
+    }
+    Ok(())
 }
 
 fn write(files: &BTreeMap<String, File>, mut to: &mut fs::File) -> Result<()> {
