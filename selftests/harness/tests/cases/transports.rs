@@ -137,7 +137,7 @@ fn bounce_buffers(case: &mut Case) -> Result<()> {
     const SLOT: u64 = 2048;
     let before = used(vm)?;
     let client = Client::start(vm, 0, &[SIZE])?;
-    let copied = SLOT * (used(vm)? - before);
+    let copied = SLOT * used(vm)?.saturating_sub(before);
     let picture = u64::from(SIZE.0 * SIZE.1 * 4);
     ensure!(
         copied >= 2 * picture,
