@@ -68,7 +68,7 @@ run_make()
 
 configure()
 {
-	local state option log=/cache/log/configure-$name
+	local state option needed log=/cache/log/configure-$name
 
 	state=$({
 		cat /tmp/fragment
@@ -78,10 +78,20 @@ configure()
 		return 0
 	fi
 	run_make KCONFIG_ALLCONFIG=/tmp/fragment allnoconfig >"$log" || explain "$log" "Configuring the kernel"
+	# A configuration of ours is for the kernel that is ours. Of what others ask for, in this or
+	# another kernel, some may be no more.
+	needed=^CONFIG_
+	if [ "$fragment" = /config ] || [ -n "${KDIR_NAME:-}" ]; then
+		needed='^CONFIG_(RUST|DRM_VIRTGPU_RS)='
+	fi
+	# What is said of an option last, counts.
 	while read -r option; do
-		grep -qx "$option" "$objects/.config" ||
-			die "$option is lost in the configuration: something that it depends on is off (see drivers/gpu/drm/virtgpu_rs/Kconfig)."
-	done < <(grep -E '^CONFIG_(RUST|DRM_VIRTGPU_RS)=' /tmp/fragment)
+		if [ "${option#*=}" = n ]; then
+			! grep -q "^${option%n}" "$objects/.config"
+		else
+			grep -qxF "$option" "$objects/.config"
+		fi || die "$option is lost in the configuration: what it depends on is off (see drivers/gpu/drm/virtgpu_rs/Kconfig for the driver's), or the kernel has no such option."
+	done < <(tac /tmp/fragment | awk -F = '/^CONFIG_/ && !seen[$1]++' | grep -E "$needed")
 	echo "$state" >"$objects/.configured"
 }
 
