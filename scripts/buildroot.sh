@@ -76,6 +76,13 @@ install_source_hook()
 		chroot "$1" sh -c "dpkg --install /tmp/$package*.deb && rm /tmp/$package*.deb"'
 }
 
+# has_ids FILE: whether FILE, which is /etc/subuid or /etc/subgid, has ids for the user, who stands
+# there by name or by number.
+has_ids()
+{
+	grep -qE "^($(id -un)|$(id -u)):" "$1"
+}
+
 make_buildroot()
 {
 	local partial=$buildroot.partial log=$cache/log/buildroot mirror apt_options
@@ -97,7 +104,7 @@ make_buildroot()
 	fi
 
 	# Without privileges a root's files are spread over ids of the user's own.
-	if [ "$(id -u)" -ne 0 ] && ! { command -v newuidmap && grep -q "^$(id -un):" /etc/subuid; } >/dev/null; then
+	if [ "$(id -u)" -ne 0 ] && ! { command -v newuidmap && has_ids /etc/subuid && has_ids /etc/subgid; } >/dev/null 2>&1; then
 		die "Without root, this needs newuidmap and ids in /etc/subuid and /etc/subgid: have root run \"apt-get install uidmap\" and \"usermod --add-subuids 100000-165535 --add-subgids 100000-165535 $(id -un)\", or run this as root."
 	fi
 
