@@ -191,7 +191,8 @@ impl<D: Driver> Vtables<D> {
         }
     }
 
-    /// `drm_atomic_helper_commit_tail()` with [`Driver::commit_flush`] in its middle.
+    /// `drm_atomic_helper_commit_tail()` with [`Driver::commit_flush`] in its middle, and without
+    /// a look at states that are not ours any more.
     ///
     /// # Safety
     ///
@@ -219,7 +220,9 @@ impl<D: Driver> Vtables<D> {
         unsafe {
             bindings::drm_atomic_helper_fake_vblank(state);
             bindings::drm_atomic_helper_commit_hw_done(state);
-            bindings::drm_atomic_helper_wait_for_vblanks(raw_dev, state);
+            // From here on the next commit may be carried out. When that ends it frees the new
+            // states of this one, which `drm_atomic_helper_wait_for_vblanks()` goes by.
+            bindings::drm_atomic_helper_wait_for_flip_done(raw_dev, state);
             bindings::drm_atomic_helper_cleanup_planes(raw_dev, state);
         }
     }
