@@ -231,6 +231,7 @@ impl virtio::Driver for VirtioDriver {
             let parent = dev.parent();
 
             drm::aperture::remove_conflicting(parent, c"virtio_gpu")?;
+            dev.lift_segment_limit();
 
             let features = Features::new(dev)?;
             let queue = Queue::new(parent)?;

@@ -658,6 +658,28 @@ impl Device<device::Core<'_>> {
         self.link().store(ptr::null_mut(), Release);
         result
     }
+
+    /// Lets pieces of memory of any length be mapped for the [parent](Self::parent), as far as its
+    /// DMA operations can. By default, they are 64 KiB at the most.
+    ///
+    /// For a driver that puts addresses into its commands: the length of what is in the queues is
+    /// up to the virtio core. Called before anything is mapped.
+    ///
+    /// C counterparts: `dma_max_mapping_size()` and `dma_set_max_seg_size()`.
+    pub fn lift_segment_limit(&self) {
+        let parent = self.parent().as_raw();
+
+        // SAFETY: `parent` is a valid device.
+        let max = unsafe { bindings::dma_max_mapping_size(parent) };
+        let max = match u32::try_from(max) {
+            Ok(0) | Err(_) => u32::MAX,
+            Ok(max) => max,
+        };
+
+        // SAFETY: `parent` is a valid device. The limit is a number: whoever maps memory at the
+        // same time goes by the old one or by the new one.
+        unsafe { bindings::dma_set_max_seg_size(parent, max) };
+    }
 }
 
 impl Device<device::Bound> {
