@@ -287,6 +287,21 @@ impl<'a> Picture<'a> {
         }
     }
 
+    /// Has the host fetch a part of the resource, show it if it does not, and bring it onto the
+    /// screen. Nothing more is sent after what could not be.
+    fn send(&self, drm: &Device, damage: Rect, scanout: u32, shown: Option<Shown>) -> Result {
+        self.sync(drm)?;
+        if !self.resource.is_complete() {
+            self.object.complete()?;
+        }
+        self.resource
+            .transfer(&drm.queue, damage, damage.offset(self.pitch, CPP))?;
+        if let Some(shown) = shown {
+            set_scanout(drm, scanout, shown)?;
+        }
+        self.resource.flush(&drm.queue, damage)
+    }
+
     /// Lets the host see what the CPU has drawn, where that takes more than to draw it.
     fn sync(&self, drm: &Device) -> Result {
         if !drm.features.dma_addresses {
@@ -345,38 +360,29 @@ impl DriverPlane for Primary {
         else {
             return;
         };
-        let src = picture.rect(update.src());
+        let src = || picture.rect(update.src());
         // Before anything is sent: recovery may come in between, and say so again.
         let all = dark.xchg(false, Relaxed);
         let damage = if all {
-            src
+            src()
         } else if let Some(damage) = update.damage_merged() {
             picture.rect(damage)
         } else {
             return;
         };
         let resource = picture.resource;
-        let offset = damage.offset(picture.pitch, CPP);
-        let shown = Shown {
-            resource: resource.id,
-            rect: src,
-        };
         // The mode was set with nothing to be seen, whether the framebuffer is a new one or not.
         let new = all || update.fb_changed() || update.src_changed() || update.needs_modeset();
+        let shown = new.then(|| Shown {
+            resource: resource.id,
+            rect: src(),
+        });
 
-        if new {
+        if let Some(shown) = shown {
             remember(drm, plane.scanout, shown);
         }
 
-        let sent = picture
-            .sync(drm)
-            .and_then(|()| picture.object.complete())
-            .and_then(|()| resource.transfer(&drm.queue, damage, offset))
-            .and_then(|()| match new {
-                true => set_scanout(drm, plane.scanout, shown),
-                false => Ok(()),
-            })
-            .and_then(|()| resource.flush(&drm.queue, damage));
+        let sent = picture.send(drm, damage, plane.scanout, shown);
 
         if let Err(e) = sent {
             report(drm, "a picture", e);

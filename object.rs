@@ -381,17 +381,17 @@ impl Object {
         self.resource.as_ref().map(|resource| &**resource)
     }
 
-    /// Makes sure that the host has its side of the object, which there may have been no memory
-    /// for when it was recovered. It learns of it with the next [`Queue::kick`].
+    /// Has the host make its side of the object, which there was no memory for when it was
+    /// recovered. It learns of it with the next [`Queue::kick`].
     ///
     /// Context and errors: as for [`Queue::submit`].
     pub(crate) fn complete(&self) -> Result {
         match self.resource() {
-            Some(resource) if !resource.is_complete() => self
+            Some(resource) => self
                 .resources
                 .make(resource.id, true, Who::Kernel, None)
                 .map(drop),
-            _ => Ok(()),
+            None => Ok(()),
         }
     }
 }
