@@ -63,10 +63,8 @@ pub fn step(vm: &mut Vm, text: &str) -> Result<()> {
 /// The host says that its displays have changed, and the guest asks what they are now: commands come in their order. The
 /// questions are left out of the trace.
 fn settle(vm: &Vm) -> Result<&host::Host> {
-    let host = vm
-        .host
-        .as_ref()
-        .context("only the reference host keeps a record")?;
+    // Only this one keeps a record.
+    let host = vm.host()?;
     let scanout = &host.control("state")?["scanouts"][0];
     host.control(&format!(
         "hotplug 0 {}x{}",

@@ -475,6 +475,11 @@ impl Vm {
         Ok(vm)
     }
 
+    /// Returns the reference host of a machine that has it.
+    pub fn host(&self) -> Result<&Host> {
+        self.host.as_ref().context("the machine has no such host")
+    }
+
     /// Returns the present end of the list of notes.
     pub fn mark(&mut self) -> Mark {
         self.seen.extend(self.notes.try_iter());

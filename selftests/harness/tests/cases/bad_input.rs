@@ -182,7 +182,7 @@ fn host_lies(case: &mut Case, lies: &[Lie]) -> Result<()> {
 }
 
 fn tell(vm: &Vm, line: &str) -> Result<()> {
-    vm.host.as_ref().context("no host")?.control(line).map(drop)
+    vm.host()?.control(line).map(drop)
 }
 
 fn draw(vm: &mut Vm) -> Result<()> {

@@ -20,7 +20,6 @@ use virtgpu_lab::case::{
 use virtgpu_lab::client::Client;
 use virtgpu_lab::host::{
     Entry,
-    Host,
     after_mark,
     commands, //
 };
@@ -238,13 +237,13 @@ impl Phase {
     /// Finds out which commands the phase has, on a host that behaves, and how many of each come before it.
     fn commands(self, vm: &mut Vm) -> Result<Vec<(String, usize)>> {
         let client = self.prepare(vm)?;
-        host(vm)?.mark("phase")?;
+        vm.host()?.mark("phase")?;
         let client = self.act(vm, client)?;
         let mut expected = self.expected().to_vec();
         expected.sort_unstable();
         let end = Instant::now() + LIMIT;
         loop {
-            let commands = self.recorded(&host(vm)?.record()?)?;
+            let commands = self.recorded(&vm.host()?.record()?)?;
             let mut found: Vec<_> = commands.iter().map(|(name, _)| name.as_str()).collect();
             found.sort_unstable();
             // What nobody waits for may reach the host a little later.
@@ -280,10 +279,6 @@ impl Phase {
         }
         Ok(names)
     }
-}
-
-fn host(vm: &Vm) -> Result<&Host> {
-    vm.host.as_ref().context("the machine has no host")
 }
 
 fn load(vm: &mut Vm) -> Result<()> {
@@ -355,9 +350,9 @@ fn random(case: &mut Case, seeds: Range<u64>) -> Result<()> {
         let mark = vm.mark();
         vm.run(&format!("echo 'fault: seed {seed}' > /dev/kmsg"))?;
         unload(vm)?;
-        host(vm)?.misbehave(&format!("random {seed}:{RATE}"))?;
+        vm.host()?.misbehave(&format!("random {seed}:{RATE}"))?;
         live(vm, seed).with_context(|| format!("seed {seed}"))?;
-        host(vm)?.behave()?;
+        vm.host()?.behave()?;
         unload(vm)?;
         let log = log(vm, mark)?;
         if let Some(first) = logs::kernel_faults(&log, &TOLERATED).first() {
@@ -420,10 +415,11 @@ fn cell(
     let client = phase.prepare(vm)?;
     let mark = vm.mark();
     vm.run(&format!("echo 'fault: {command}, {fault}' > /dev/kmsg"))?;
-    host(vm)?.misbehave(&format!("fault {ordinal}th {command}: {fault}"))?;
+    vm.host()?
+        .misbehave(&format!("fault {ordinal}th {command}: {fault}"))?;
     let client = phase.act(vm, client)?;
-    host(vm)?.wait_faults(1)?;
-    host(vm)?.behave()?;
+    vm.host()?.wait_faults(1)?;
+    vm.host()?.behave()?;
     if let Some(client) = client {
         // A client that is still there goes on, whether anything had to be recovered or not.
         if client.try_draw(vm, 3)? && !is_lost(phase, command, fault) {

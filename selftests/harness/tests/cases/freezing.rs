@@ -204,10 +204,6 @@ fn resources(host: &Host) -> Result<BTreeSet<u64>> {
         .collect())
 }
 
-fn host_of(vm: &Vm) -> &Host {
-    vm.host.as_ref().expect("the machine has one")
-}
-
 /// Arguments for QEMU, by which its log has what [`wait_reset`] looks for.
 const TRACE_STATUS: [&str; 2] = ["-trace", "virtio_set_status"];
 
@@ -249,7 +245,7 @@ struct Cycle {
 impl Cycle {
     /// Sends the guest to sleep and wakes it up.
     fn run(vm: &mut Vm, sleep: Sleep, terms: Terms, way: Way, outputs: usize) -> Result<Self> {
-        let host = host_of(vm);
+        let host = vm.host()?;
         host.mark("down")?;
         let cycle = Self {
             record: Vec::new(),
@@ -283,10 +279,10 @@ impl Cycle {
 
     /// Checks what the host has been sent, when the right picture is back.
     fn check(mut self, vm: &Vm) -> Result<()> {
-        let record = host_of(vm).record()?;
+        let record = vm.host()?.record()?;
         self.record = after_mark(&record, "down")?.to_vec();
         self.check_going_down()?;
-        self.check_coming_back(host_of(vm))
+        self.check_coming_back(vm.host()?)
     }
 
     /// The part before the guest slept, and the one after it: from the reset on, or, without one, from the first thing that a guest
@@ -453,7 +449,7 @@ fn host(case: &mut Case, options: &[&str], append: &str, terms: Terms) -> Result
     client.end(vm)?;
 
     if terms == Terms::NotAsked {
-        let record = host_of(vm).record()?;
+        let record = vm.host()?.record()?;
         let told = commands(&record).find(|entry| entry.command == "STATUS_FREEZING");
         ensure!(told.is_none(), "the host was told: {told:?}");
     }
@@ -546,7 +542,7 @@ fn hibernation(case: &mut Case) -> Result<()> {
     client.expect(vm, 2)?;
     client.draw(vm, 3)?;
 
-    let record = host_of(vm).record()?;
+    let record = vm.host()?.record()?;
     let resets: Vec<_> = record
         .iter()
         .filter(|entry| entry.event == "reset")
@@ -561,7 +557,7 @@ fn hibernation(case: &mut Case) -> Result<()> {
     client.expect(vm, 3)?;
     client.draw(vm, 4)?;
     ensure!(
-        was_asked(&host_of(vm).record()?),
+        was_asked(&vm.host()?.record()?),
         "the host is not asked any more"
     );
     client.end(vm)
@@ -592,7 +588,7 @@ fn hibernation_with_second_boot(case: &mut Case) -> Result<()> {
     );
     client.expect(vm, 2)?;
     client.draw(vm, 3)?;
-    for record in [read_record(&before)?, host_of(vm).record()?] {
+    for record in [read_record(&before)?, vm.host()?.record()?] {
         ensure!(!was_asked(&record), "the host was asked to keep everything");
     }
     client.end(vm)
@@ -603,11 +599,11 @@ fn crashed(case: &mut Case) -> Result<()> {
     let vm = case.boot(&Machine::on_reference_host(&[]))?;
     let client = Client::start(vm, 1, &[SIZE])?;
     client.draw(vm, 2)?;
-    let kept = resources(host_of(vm))?;
+    let kept = resources(vm.host()?)?;
     ensure!(!kept.is_empty(), "the guest has no resources");
     // A machine that is reset in S3 goes on with the kernel that sleeps.
     Sleep::Idle.begin(vm)?;
-    host_of(vm).mark("crash")?;
+    vm.host()?.mark("crash")?;
 
     // The machine was told to end when it is reset.
     vm.monitor("set-action", serde_json::json!({ "reboot": "reset" }))?;
@@ -618,7 +614,7 @@ fn crashed(case: &mut Case) -> Result<()> {
     client.draw(vm, 4)?;
     client.end(vm)?;
 
-    let record = host_of(vm).record()?;
+    let record = vm.host()?.record()?;
     let after = after_mark(&record, "crash")?;
     let reset = after.iter().find(|entry| entry.event == "reset");
     let kept_over_crash = &reset.context("there was no reset")?.more;
@@ -656,10 +652,10 @@ fn display_changes(case: &mut Case) -> Result<()> {
         let seeds = client.start_flips(vm)?;
         // Work that is under way when the device goes down.
         for _ in 0..3 {
-            host_of(vm).control("config-change")?;
+            vm.host()?.control("config-change")?;
         }
         let asleep = sleep.begin(vm)?;
-        host_of(vm).control(&format!("hotplug 0 {width}x{height}"))?;
+        vm.host()?.control(&format!("hotplug 0 {width}x{height}"))?;
         asleep.wake(vm)?;
         client.expect_flips(vm, seeds)?;
         client.stop_flips(vm)?;
@@ -691,7 +687,7 @@ fn screen_first(case: &mut Case) -> Result<()> {
     Sleep::S3.cycle(vm)?;
     client.expect(vm, 2)?;
 
-    let record = host_of(vm).record()?;
+    let record = vm.host()?.record()?;
     let start = record.iter().rposition(|entry| entry.event == "start");
     let after: Vec<_> = commands(&record[start.context("never started")?..]).collect();
     let (screen, rest) = after
@@ -724,11 +720,12 @@ fn screen_first(case: &mut Case) -> Result<()> {
 
 /// Puts a guest to sleep whose host forgets one resource, which is not the one by which the driver finds out.
 fn forget(vm: &mut Vm, sleep: Sleep, resource: u64) -> Result<()> {
-    host_of(vm).control(&format!("freezing drop-one:{resource}"))?;
+    vm.host()?
+        .control(&format!("freezing drop-one:{resource}"))?;
     let mark = vm.mark();
     sleep.cycle(vm)?;
     vm.wait_console("resumed, the host kept its resources", mark)?;
-    host_of(vm).control("freezing honest").map(drop)
+    vm.host()?.control("freezing honest").map(drop)
 }
 
 /// Waits until the driver has found that a resource is missing, and has brought back all of them.
@@ -747,9 +744,9 @@ fn forgotten_shown(case: &mut Case) -> Result<()> {
     let client = Client::start(vm, 0, &[SIZE])?;
     for (seed, sleep) in (1..).zip([Sleep::S3, Sleep::Idle]) {
         client.draw(vm, seed)?;
-        let state = host_of(vm).control("state")?;
+        let state = vm.host()?.control("state")?;
         let shown = state["scanouts"][0]["resource"].as_u64();
-        let count = resources(host_of(vm))?.len();
+        let count = resources(vm.host()?)?.len();
         let mark = vm.mark();
         forget(vm, sleep, shown.context("nothing is shown")?)?;
         expect_recovered(vm, mark, count)?;
@@ -770,11 +767,11 @@ fn forgotten_held(case: &mut Case) -> Result<()> {
     let vm = case.boot(&Machine::on_reference_host(&[]))?;
     let client = Client::start(vm, 0, &[SIZE])?;
     for (seed, sleep) in (1..).zip([Sleep::S3, Sleep::Idle]) {
-        let before = resources(host_of(vm))?;
+        let before = resources(vm.host()?)?;
         let mark = vm.mark();
         let holder = vm.start_program(&["virtgpu-guest", "hold", "1"])?;
         vm.wait_line(holder, "holding", mark)?;
-        let with_it = resources(host_of(vm))?;
+        let with_it = resources(vm.host()?)?;
         let held = with_it.difference(&before).next();
         let mark = vm.mark();
         forget(vm, sleep, *held.context("there is no other buffer")?)?;
@@ -784,7 +781,7 @@ fn forgotten_held(case: &mut Case) -> Result<()> {
         expect_recovered(vm, mark, before.len())?;
         vm.hang_up(holder)?;
         vm.wait_end(holder)?;
-        let after = resources(host_of(vm))?;
+        let after = resources(vm.host()?)?;
         ensure!(
             after == before,
             "the host has {after:?}, and had {before:?}"
@@ -803,7 +800,8 @@ fn never_made(case: &mut Case) -> Result<()> {
     let vm = case.boot(&Machine::on_reference_host(&[]))?;
     let client = Client::start(vm, 0, &[SIZE])?;
     for seed in 1..=2 {
-        host_of(vm).control("fault 1st RESOURCE_CREATE_2D: error 0x1201")?;
+        vm.host()?
+            .control("fault 1st RESOURCE_CREATE_2D: error 0x1201")?;
         let mark = vm.mark();
         let holder = vm.start_program(&["virtgpu-guest", "hold", "1"])?;
         vm.wait_line(holder, "holding", mark)?;
@@ -817,7 +815,7 @@ fn never_made(case: &mut Case) -> Result<()> {
         vm.wait_end(holder)?;
         client.draw(vm, seed)?;
     }
-    let record = host_of(vm).record()?;
+    let record = vm.host()?.record()?;
     let starts = record.iter().filter(|entry| entry.event == "start");
     let starts = starts.count();
     ensure!(starts == 3, "the device was set up {starts} times");
@@ -832,7 +830,7 @@ fn lost(case: &mut Case) -> Result<()> {
     let vm = case.boot(&Machine::on_reference_host(&["--freezing", "off"]))?;
     let client = Client::start(vm, 1, &[SIZE])?;
     let asleep = Sleep::S3.begin(vm)?;
-    host_of(vm).control("fault any: no answer")?;
+    vm.host()?.control("fault any: no answer")?;
     let mark = vm.mark();
     asleep.wake(vm)?;
     vm.wait_console("*ERROR* the device did not come back", mark)?;
@@ -843,7 +841,7 @@ fn lost(case: &mut Case) -> Result<()> {
         output.code != 0,
         "a client works with a device that did not come back"
     );
-    host_of(vm).control("clear")?;
+    vm.host()?.control("clear")?;
     vm.run("for console in /sys/class/vtconsole/vtcon[1-9]; do echo 0 > $console/bind; done")?;
     vm.run(&format!("rmmod {module}"))?;
     vm.run("load-driver")?;
@@ -871,7 +869,7 @@ fn objects(case: &mut Case) -> Result<()> {
         "| objects of 64 KiB | commands to resume, kept | commands to resume, recovered |\n|---|---|---|\n",
     );
     let mut counts = Vec::new();
-    let others = resources(host_of(vm))?;
+    let others = resources(vm.host()?)?;
     for number in [1u32, 16, 256, 1024] {
         let mark = vm.mark();
         let holder = vm.start_program(&["virtgpu-guest", "hold", &number.to_string()])?;
@@ -880,12 +878,12 @@ fn objects(case: &mut Case) -> Result<()> {
         vm.say(holder, &format!("fill {byte}"))?;
         vm.wait_line(holder, "filled ", mark)?;
         let mut resume = |conduct: &str| -> Result<usize> {
-            host_of(vm).control(&format!("freezing {conduct}"))?;
-            host_of(vm).mark(conduct)?;
+            vm.host()?.control(&format!("freezing {conduct}"))?;
+            vm.host()?.mark(conduct)?;
             console.expect(vm)?;
             Sleep::S3.cycle(vm)?;
             console.expect(vm)?;
-            let record = host_of(vm).record()?;
+            let record = vm.host()?.record()?;
             let after = after_mark(&record, conduct)?;
             let reset = after.iter().position(|entry| entry.event == "reset");
             let reset = reset.context("there was no reset")?;
@@ -894,7 +892,7 @@ fn objects(case: &mut Case) -> Result<()> {
         let kept = resume("honest")?;
         let recovered = resume("refuse")?;
 
-        let state = host_of(vm).control("state")?;
+        let state = vm.host()?.control("state")?;
         let all = state["resources"].as_array().context("no resources")?;
         let held = all.iter().filter(|resource| {
             let id = resource["id"].as_u64();

@@ -3,7 +3,6 @@
 //! A device that is reset while everybody is awake comes back, with its picture.
 
 use anyhow::{
-    Context,
     Result,
     ensure, //
 };
@@ -15,7 +14,6 @@ use virtgpu_lab::case::{
 };
 use virtgpu_lab::client::Client;
 use virtgpu_lab::debugger::Debugger;
-use virtgpu_lab::host::Host;
 use virtgpu_lab::screen;
 use virtgpu_lab::suspend::Sleep;
 use virtgpu_lab::vm::{
@@ -166,7 +164,7 @@ fn slowly(case: &mut Case) -> Result<()> {
     vm.wait_console("the device does not work", mark)?;
     client.draw(vm, 2)?;
     vm.wait_console("resources recovered", mark)?;
-    let faults = host(vm)?.faults()?;
+    let faults = vm.host()?.faults()?;
     ensure!(faults > BUFFERS, "the host was slow {faults} times only");
     vm.hang_up(holder)?;
     vm.wait_end(holder)?;
@@ -188,7 +186,7 @@ fn broken_on_the_way(case: &mut Case, machine: &Machine) -> Result<()> {
         control(vm, "reset-counters")?;
         control(vm, &format!("fault {fault}: bad descriptor id"))?;
         Sleep::S3.cycle(vm)?;
-        host(vm)?.wait_faults(1)?;
+        vm.host()?.wait_faults(1)?;
         client.expect(vm, seed)?;
         client.draw(vm, seed + 1)?;
     }
@@ -432,12 +430,8 @@ fn always_broken(case: &mut Case) -> Result<()> {
     client.end(vm)
 }
 
-fn host(vm: &Vm) -> Result<&Host> {
-    vm.host.as_ref().context("the machine has no such host")
-}
-
 fn control(vm: &Vm, line: &str) -> Result<()> {
-    host(vm)?.control(line).map(drop)
+    vm.host()?.control(line).map(drop)
 }
 
 /// Suspends and resumes the devices.

@@ -322,7 +322,7 @@ fn unanswered(case: &mut Case) -> Result<()> {
         let churner = vm.start_program(&["virtgpu-guest", "churn"])?;
         vm.wait_line(churner, "churning", mark)?;
         client.start_flips(vm)?;
-        let host = vm.host.as_ref().context("there is no host")?;
+        let host = vm.host()?;
         host.control("reset-counters")?;
         host.control("fault any: no answer")?;
         // From then on there is no room for anything.
@@ -349,7 +349,7 @@ fn unanswered(case: &mut Case) -> Result<()> {
             "somebody waited until it was too long"
         );
         if round == 0 {
-            let host = vm.host.as_ref().context("there is no host")?;
+            let host = vm.host()?;
             host.control("clear")?;
             vm.run(BIND)?;
         } else {

@@ -263,13 +263,13 @@ fn full_ring(case: &mut Case) -> Result<()> {
             churners.push(churner);
         }
         // Buffers come and go faster than the host answers.
-        let host = vm.host.as_ref().context("there is no host")?;
+        let host = vm.host()?;
         host.control("reset-counters")?;
         host.control("fault RESOURCE_UNREF: answer after 2 s")?;
         host.wait_faults(RING)?;
         host.mark("down")?;
         sleep.cycle(vm)?;
-        let host = vm.host.as_ref().context("there is no host")?;
+        let host = vm.host()?;
         host.control("clear")?;
         let record = host.record()?;
         let mut after = after_mark(&record, "down")?.iter();
