@@ -111,7 +111,7 @@ fn run(arguments: &Arguments) -> Result<()> {
     let bench = Bench {
         plugin: programs::plugin(&dir)?,
         guest: programs::guest(&dir)?,
-        image: Image::read(&kernel::symbols()?)?,
+        image: Image::read(kernel::symbols()?)?,
         dir,
     };
     let drivers = match &arguments.driver[..] {

@@ -23,7 +23,7 @@ use crate::vm::{
 /// A debugger at a guest that is halted.
 pub struct Debugger {
     stub: UnixStream,
-    symbols: String,
+    symbols: &'static str,
 }
 
 impl Debugger {

@@ -11,6 +11,7 @@ use std::path::{
     PathBuf, //
 };
 use std::process::Command;
+use std::sync::OnceLock;
 
 use anyhow::{
     Context,
@@ -78,7 +79,12 @@ pub fn results() -> Result<PathBuf> {
 }
 
 /// Returns the kernel's symbols as `nm` prints them, with their sizes.
-pub fn symbols() -> Result<String> {
+pub fn symbols() -> Result<&'static str> {
+    // It takes a second, and some cases want them often.
+    static SYMBOLS: OnceLock<String> = OnceLock::new();
+    if let Some(symbols) = SYMBOLS.get() {
+        return Ok(symbols);
+    }
     let vmlinux = directory("VIRTGPU_BUILD")?.join("vmlinux");
     let output = Command::new("nm")
         .arg("--print-size")
@@ -91,7 +97,8 @@ pub fn symbols() -> Result<String> {
         vmlinux.display(),
         output.status
     );
-    Ok(String::from_utf8(output.stdout)?)
+    let symbols = String::from_utf8(output.stdout)?;
+    Ok(SYMBOLS.get_or_init(|| symbols))
 }
 
 /// A built kernel and its modules.
