@@ -96,10 +96,10 @@ impl Usage {
             .get_mut("vmap_area")
             .context("there is no such slab")?;
         *areas -= unpurged.trim().parse::<u64>()?;
-        // What is left is pages that somebody in the kernel has taken.
+        // What is left is pages that somebody in the kernel has taken, and not those that a processor has at hand, which are megabytes.
         let memory = vm.run(
             "awk '/^MemTotal:/ { left = $2 } /^(MemFree|Buffers|Cached|AnonPages|Slab|PageTables|KernelStack):/ { left -= $2 } \
-             END { print left }' /proc/meminfo",
+             /^ +count:/ { left -= 4 * $2 } END { print left }' /proc/meminfo /proc/zoneinfo",
         )?;
         let mut count = |command: &str| -> Result<usize> { Ok(vm.run(command)?.trim().parse()?) };
         let framebuffers = count("grep -c '^framebuffer\\[' /sys/kernel/debug/dri/0/framebuffer")?;
