@@ -254,26 +254,33 @@ struct Picture<'a> {
 }
 
 impl<'a> Picture<'a> {
-    /// The host knows lines of one length only, that of the resource, and no others can be shown.
-    fn new(fb: &'a Framebuffer<DrmDriver>) -> Result<Self> {
+    /// Checks that a framebuffer can be shown: the host knows lines of one length only, that of the
+    /// resource.
+    fn check(fb: &Framebuffer<DrmDriver>) -> Result {
+        let plane = fb.plane(0).ok_or(EINVAL)?;
+        let resource = plane.object.resource().ok_or(EINVAL)?;
+
+        check_layout(
+            (resource.width, resource.height),
+            (fb.width(), fb.height()),
+            plane.pitch,
+            plane.offset,
+        )
+    }
+
+    /// Returns nothing for a framebuffer that has not been [checked](Self::check), or was refused.
+    fn new(fb: &'a Framebuffer<DrmDriver>) -> Option<Self> {
         let FramebufferPlane {
             object,
             pitch,
             offset,
-        } = fb.plane(0).ok_or(EINVAL)?;
-        let resource = object.resource().ok_or(EINVAL)?;
-        let first = first_line(
-            (resource.width, resource.height),
-            (fb.width(), fb.height()),
-            pitch,
-            offset,
-        )?;
+        } = fb.plane(0)?;
 
-        Ok(Self {
+        Some(Self {
             object,
-            resource,
+            resource: object.resource()?,
             pitch,
-            first,
+            first: offset.checked_div(pitch)?,
         })
     }
 
@@ -320,22 +327,21 @@ impl<'a> Picture<'a> {
     }
 }
 
-/// The first line of a framebuffer in a resource. Sizes are width and height in pixels, `pitch` and
-/// `offset` are in bytes.
+/// Checks that a framebuffer lies in a resource line by line. Sizes are width and height in pixels,
+/// `pitch` and `offset` are in bytes.
 ///
-/// Errors: [`EINVAL`] if the framebuffer does not lie in it line by line.
-fn first_line(resource: (u32, u32), fb: (u32, u32), pitch: u32, offset: u32) -> Result<u32> {
+/// Errors: [`EINVAL`] if it does not.
+fn check_layout(resource: (u32, u32), fb: (u32, u32), pitch: u32, offset: u32) -> Result {
     if pitch == 0 || Some(pitch) != resource.0.checked_mul(CPP) || offset % pitch != 0 {
         return Err(EINVAL);
     }
 
-    let first = offset / pitch;
-    let end = first.checked_add(fb.1).ok_or(EINVAL)?;
+    let end = (offset / pitch).checked_add(fb.1).ok_or(EINVAL)?;
 
     if fb.0 > resource.0 || end > resource.1 {
         return Err(EINVAL);
     }
-    Ok(first)
+    Ok(())
 }
 
 /// The primary plane of a scanout.
@@ -346,17 +352,19 @@ pub(crate) struct Primary {
 impl DriverPlane for Primary {
     type Driver = DrmDriver;
 
+    #[inline]
     fn atomic_check(_plane: &Plane<Self>, check: &PlaneCheck<'_, DrmDriver>) -> Result {
         check.no_scaling(false)?;
-        check.fb().map_or(Ok(()), |fb| Picture::new(fb).map(drop))
+        check.fb().map_or(Ok(()), Picture::check)
     }
 
+    #[inline]
     fn atomic_update(plane: &Plane<Self>, update: &PlaneUpdate<'_, DrmDriver>) {
         let drm = plane.dev();
         let Some(fb) = update.fb().filter(|_| update.crtc_active()) else {
             return Self::off(plane);
         };
-        let (Ok(picture), Some(dark)) = (Picture::new(fb), drm.dark.get(plane.scanout as usize))
+        let (Some(picture), Some(dark)) = (Picture::new(fb), drm.dark.get(plane.scanout as usize))
         else {
             return;
         };
@@ -505,6 +513,7 @@ fn is_preferred(mode: (u32, u32), host: (u32, u32)) -> bool {
 impl DriverConnector for Head {
     type Driver = DrmDriver;
 
+    #[inline]
     fn get_modes(connector: &Connector<Self>, probe: &mut Probe<'_>) -> u32 {
         let count = probe.add_edid_modes();
         if count > 0 {
@@ -564,19 +573,19 @@ mod tests {
 
     #[test]
     fn a_framebuffer_lies_in_its_resource_line_by_line() {
-        let ok = |resource, fb, pitch, offset| first_line(resource, fb, pitch, offset).ok();
+        let ok = |resource, fb, pitch, offset| check_layout(resource, fb, pitch, offset).is_ok();
 
-        assert_eq!(ok((64, 48), (64, 48), 256, 0), Some(0));
-        assert_eq!(ok((64, 48), (32, 24), 256, 0), Some(0));
-        assert_eq!(ok((64, 48), (64, 40), 256, 8 * 256), Some(8));
+        assert!(ok((64, 48), (64, 48), 256, 0));
+        assert!(ok((64, 48), (32, 24), 256, 0));
+        assert!(ok((64, 48), (64, 40), 256, 8 * 256));
         // Too large, or too far down.
-        assert_eq!(ok((64, 48), (65, 48), 256, 0), None);
-        assert_eq!(ok((64, 48), (64, 49), 256, 0), None);
-        assert_eq!(ok((64, 48), (64, 41), 256, 8 * 256), None);
+        assert!(!ok((64, 48), (65, 48), 256, 0));
+        assert!(!ok((64, 48), (64, 49), 256, 0));
+        assert!(!ok((64, 48), (64, 41), 256, 8 * 256));
         // As many bytes, in lines of another length.
-        assert_eq!(ok((64, 1024), (1024, 64), 4096, 0), None);
-        assert_eq!(ok((64, 48), (64, 40), 256, 4), None);
-        assert_eq!(ok((1 << 30, 1), (1, 1), 0, 0), None);
-        assert_eq!(ok((64, 48), (64, u32::MAX), 256, 256), None);
+        assert!(!ok((64, 1024), (1024, 64), 4096, 0));
+        assert!(!ok((64, 48), (64, 40), 256, 4));
+        assert!(!ok((1 << 30, 1), (1, 1), 0, 0));
+        assert!(!ok((64, 48), (64, u32::MAX), 256, 256));
     }
 }

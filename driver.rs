@@ -240,6 +240,9 @@ impl virtio::Driver for VirtioDriver {
                 Gpu::new(queue.clone(), features)?,
             )?;
 
+            // Small pages will do as well.
+            let _ = drm.use_huge_pages();
+
             if drm.has_display() {
                 display::init(&drm)?;
             } else {

@@ -21,7 +21,10 @@ use kernel::{
     new_mutex,
     page::page_align,
     prelude::*,
-    rbtree::RBTree,
+    rbtree::{
+        RBTree,
+        RBTreeNode, //
+    },
     sync::{
         aref::ARef,
         atomic::{
@@ -72,13 +75,13 @@ pub(crate) struct Resource {
     told: Atomic<u32>,
 }
 
-/// Nothing.
+/// The host does not know the resource.
 const UNKNOWN: u32 = 0;
-/// To create the resource.
+/// It has been told to create the resource.
 const CREATED: u32 = 1;
-/// To use its backing.
+/// It has been told where the backing is, too.
 const BACKED: u32 = 2;
-/// To fetch its contents, if there are any.
+/// It has been told to fetch the contents, if there are any.
 const FILLED: u32 = 3;
 
 impl Resource {
@@ -105,7 +108,7 @@ impl Resource {
                 UNKNOWN => queue.try_submit(
                     &command::resource_create_2d(
                         self.id,
-                        uapi::FORMAT_B8G8R8X8_UNORM,
+                        uapi::FORMAT_HOST_XRGB8888,
                         self.width,
                         self.height,
                     ),
@@ -194,7 +197,7 @@ impl Resources {
         height: u32,
         backing: KVVec<uapi::MemEntry>,
     ) -> Result<Arc<Resource>> {
-        // Four billion buffers later, and never the sentinel.
+        // Until there have been four billion. The sentinel is never given away.
         let id = self.next_id.fetch_add(1, Relaxed);
         if id == 0 || id == SENTINEL {
             self.next_id.store(SENTINEL, Relaxed);
@@ -219,9 +222,11 @@ impl Resources {
     /// Enters a new recipe, and has the host make a resource from it. It learns of it with the next
     /// [`Queue::kick`].
     fn add(&self, resource: &Arc<Resource>) -> Result {
+        // Before the lock is taken, which who frees memory takes as well.
+        let node = RBTreeNode::new(resource.id, resource.clone(), GFP_KERNEL)?;
         let mut live = self.live.lock();
 
-        live.try_create_and_insert(resource.id, resource.clone(), GFP_KERNEL)?;
+        live.insert(node);
         match resource.tell(&self.queue, false, Who::Ioctl, None) {
             Err(e) if e == EAGAIN => {
                 drop(live);
@@ -255,21 +260,19 @@ impl Resources {
 
     /// Strikes a recipe out and tells the host, which lets go of `held`, what the resource was made
     /// of. Does not wait for anything: who frees memory may hold any lock.
-    fn remove(&self, resource: &Resource, held: KBox<Held>) {
+    fn remove(&self, id: u32, held: KBox<Held>) {
         let mut live = self.live.lock();
-
-        live.remove(&resource.id);
+        let resource = live.remove(&id);
 
         // Under the lock: a host that comes back in between must not be given a resource that
         // nobody will ever destroy, nor be told to destroy what it does not have.
-        let unused = if resource.told.load(Relaxed) == UNKNOWN {
-            Some(held)
-        } else {
-            self.queue.unref(held)
+        let unused = match &resource {
+            Some(resource) if resource.told.load(Relaxed) != UNKNOWN => self.queue.unref(held),
+            _ => Some(held),
         };
 
         drop(live);
-        drop(unused);
+        drop((resource, unused));
     }
 
     /// Creates every resource again on a host that has none, sends its contents, and shows what is
@@ -361,8 +364,8 @@ impl Resources {
     }
 }
 
-/// Room for an object that waits for the host to forget it. Allocated with the object: there is no
-/// way to fail to free one.
+/// Room for an object that waits for the host to forget it. Allocated with the object, because
+/// freeing one cannot fail.
 type Room = KBox<MaybeUninit<Held<OwnedObject<Object>>>>;
 
 /// What the driver keeps with a GEM object.
@@ -409,6 +412,7 @@ impl DriverObject for Object {
         })
     }
 
+    #[inline]
     fn dumb_create(
         dev: &drm::Device<DrmDriver, drm::Registered>,
         _file: &DriverFile<Self>,
@@ -443,13 +447,16 @@ impl DriverObject for Object {
         Ok(object)
     }
 
+    #[inline]
     fn free(obj: OwnedObject<Self>) {
         let resources = obj.resources.clone();
-        let (Some(resource), Some(room)) = (obj.resource.as_ref().cloned(), obj.room.lock().take())
-        else {
+        let (Some(id), Some(room)) = (
+            obj.resource().map(|resource| resource.id),
+            obj.room.lock().take(),
+        ) else {
             return;
         };
 
-        resources.remove(&resource, Held::new(room, resource.id, obj));
+        resources.remove(id, Held::new(room, id, obj));
     }
 }

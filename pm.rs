@@ -238,7 +238,7 @@ fn quiesce(drm: &Device) -> Result<MutexGuard<'_, State>> {
     }
 
     let destroy = command::resource_unref(SENTINEL);
-    let create = command::resource_create_2d(SENTINEL, uapi::FORMAT_B8G8R8X8_UNORM, 1, 1);
+    let create = command::resource_create_2d(SENTINEL, uapi::FORMAT_HOST_XRGB8888, 1, 1);
 
     if state.sentinel == Sentinel::Unknown {
         // Refused where it is not there, which is as good.

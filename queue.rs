@@ -133,6 +133,9 @@ pub(crate) struct QueueState {
     /// Somebody waited in vain for room, and nothing has come back since. Spares the others the
     /// same wait.
     stalled: bool,
+    /// Somebody waited in vain before the gate, and neither has anything come back since nor has the
+    /// gate moved. Spares the others, and the rest of a commit, the same wait.
+    late: bool,
     /// There may be something in [`Engine::limbo`] that the host can be told when there is room.
     owing: bool,
     /// The device has not been reset since its queues were found: it may access what it was given.
@@ -145,6 +148,30 @@ impl QueueState {
         if self.gate == Gate::Running {
             self.gate = Gate::Frozen;
         }
+    }
+
+    /// Whether to wait, for room if the ring is `full`, or else before the gate, where `left`
+    /// remains of the time for that.
+    ///
+    /// Errors: [`ETIMEDOUT`].
+    fn may_wait(&mut self, full: bool, left: Jiffies) -> Result {
+        let in_vain = if full {
+            &mut self.stalled
+        } else {
+            &mut self.late
+        };
+
+        *in_vain |= left == 0;
+        if *in_vain {
+            return Err(ETIMEDOUT);
+        }
+        Ok(())
+    }
+
+    /// Somebody who waits may have better luck now.
+    fn moved(&mut self) {
+        self.stalled = false;
+        self.late = false;
     }
 }
 
@@ -186,9 +213,10 @@ impl Token {
         Self::new::<uapi::ResourceUnref>(Done::Release(held))
     }
 
-    /// Whether there is nothing to do: the host has carried out a command that nobody waits for.
+    /// Whether the host has carried out a command that nobody waits for.
     fn is_routine(&self, answer: &Answer) -> bool {
-        matches!(self.done, Done::Log) && command::check(answer.as_slice(), self.expect).is_ok()
+        matches!(self.done, Done::Log | Done::Release(_))
+            && command::check(answer.as_slice(), self.expect).is_ok()
     }
 
     /// Ends a command: the host has answered, or never will.
@@ -381,11 +409,16 @@ impl Engine {
         self.word.load(Relaxed) == BROKEN
     }
 
-    fn push(list: &SpinLock<Option<KBox<Held>>>, mut held: KBox<Held>) {
+    /// Adds `held`, and whatever hangs on it, to a list.
+    fn push(list: &SpinLock<Option<KBox<Held>>>, held: KBox<Held>) {
         let mut head = list.lock();
+        let mut rest = Some(held);
 
-        held.next = head.take();
-        *head = Some(held);
+        while let Some(mut held) = rest {
+            rest = held.next.take();
+            held.next = head.take();
+            *head = Some(held);
+        }
     }
 
     fn pop(list: &SpinLock<Option<KBox<Held>>>) -> Option<KBox<Held>> {
@@ -450,6 +483,8 @@ fn dequeue(queues: &Arc<Virtqueues<Engine, NUM_QUEUES>>, index: usize) {
     let engine = queues.handler();
     let mut answer = Answer::default();
     let mut payload = None;
+    // What the host has forgotten, as it ought to, and whether there is anything else.
+    let mut forgotten = None;
     let mut released = false;
     let mut guard = queues.lock(index);
     let mut progress = false;
@@ -464,6 +499,11 @@ fn dequeue(queues: &Arc<Virtqueues<Engine, NUM_QUEUES>>, index: usize) {
 
             let returned = match returned {
                 Ok(mut done) if done.token.is_routine(&answer) => {
+                    if let Done::Release(mut held) = done.token.done {
+                        held.next = forgotten.take();
+                        forgotten = Some(held);
+                        continue;
+                    }
                     // One payload can wait until the lock is released.
                     if payload.is_none() {
                         payload = done.payload.take();
@@ -499,7 +539,7 @@ fn dequeue(queues: &Arc<Virtqueues<Engine, NUM_QUEUES>>, index: usize) {
 
             progress = true;
             state.returned = state.returned.wrapping_add(1);
-            state.stalled = false;
+            state.moved();
             if state.sleepers > 0 {
                 engine.moved.notify_all();
             }
@@ -523,15 +563,13 @@ fn dequeue(queues: &Arc<Virtqueues<Engine, NUM_QUEUES>>, index: usize) {
     } else if owing {
         Queue(queues.clone()).retry();
     }
+    if let Some(held) = forgotten {
+        engine.release(held);
+        released = true;
+    }
     if released {
         let _ = workqueue::system_percpu().enqueue::<Arc<_>, 2>(queues.clone());
     }
-}
-
-/// A command that did not make it into the ring, with all that it carried.
-struct Rejected {
-    error: Error,
-    token: Token,
 }
 
 /// A command whose answer somebody wants to have; see [`Queue::ask`].
@@ -597,6 +635,7 @@ impl Queue {
             sleepers: 0,
             returned: 0,
             stalled: false,
+            late: false,
             owing: false,
             exposed: false,
         };
@@ -789,7 +828,7 @@ impl Queue {
 
             if state.gate.may_become(gate) {
                 state.gate = gate;
-                state.stalled = false;
+                state.moved();
             }
         }
         self.0.handler().moved.notify_all();
@@ -823,7 +862,6 @@ impl Queue {
         let mut response = Response::Inline(command::HEADER_LEN);
 
         self.submit_bytes(command.as_bytes(), payload, &mut response, token, who, true)
-            .map_err(|rejected| rejected.error)
     }
 
     /// Like [`Queue::submit`], but does not wait.
@@ -847,7 +885,6 @@ impl Queue {
             who,
             false,
         )
-        .map_err(|rejected| rejected.error)
     }
 
     fn submit_bytes(
@@ -858,8 +895,8 @@ impl Queue {
         mut token: Token,
         who: Who,
         wait: bool,
-    ) -> Result<(), Rejected> {
-        let mut left = None;
+    ) -> Result {
+        let mut wait_for = None;
         let mut guard = self.0.lock(CTRL);
 
         loop {
@@ -867,68 +904,54 @@ impl Queue {
                 ControlFlow::Continue(true) => {
                     match guard.add(command, payload, response, token) {
                         Ok(()) => return Ok(()),
-                        Err(refused) => {
-                            token = refused.token;
-                            if refused.error != ENOSPC {
-                                let error = refused.error;
-
-                                return Err(Rejected { error, token });
-                            }
-                        }
+                        Err(refused) if refused.error == ENOSPC => token = refused.token,
+                        Err(refused) => return Err(refused.error),
                     }
                     true
                 }
                 ControlFlow::Continue(false) => false,
-                ControlFlow::Break(error) => return Err(Rejected { error, token }),
+                ControlFlow::Break(error) => return Err(error),
             };
 
             if !wait {
-                return Err(Rejected {
-                    error: EAGAIN,
-                    token,
-                });
+                return Err(EAGAIN);
             }
 
-            let left = left.get_or_insert_with(|| msecs_to_jiffies(TIMEOUT_MS));
-
-            guard = match self.wait_to_enter(guard, full, who, left) {
-                Ok(guard) => guard,
-                Err(error) => return Err(Rejected { error, token }),
-            };
+            guard = self.wait_to_enter(guard, full, who, &mut wait_for)?;
         }
     }
 
-    /// Waits for room in the control queue, if it is `full`, or else before the gate, for `left` at
-    /// the most.
+    /// Waits for room in the control queue, if it is `full`, or else before the gate. What remains
+    /// of the time for that is in `left`, and nothing when this is called first.
     #[cold]
     fn wait_to_enter<'a>(
         &'a self,
         mut guard: Guard<'a>,
         full: bool,
         who: Who,
-        left: &mut Jiffies,
+        left: &mut Option<Jiffies>,
     ) -> Result<Guard<'a>> {
-        if full && (*left == 0 || guard.state().stalled) {
-            // Nothing has come back since the last one who waited gave up.
-            guard.state().stalled = true;
-            return Err(ETIMEDOUT);
-        }
-        if *left == 0 {
-            return Err(ETIMEDOUT);
-        }
-
-        // The host may not have been told of what fills the ring.
-        if guard.kick_prepare() {
-            drop(guard);
-            self.0.notify(CTRL);
-            return Ok(self.0.lock(CTRL));
-        }
-
-        *left = if full {
-            self.sleep(&mut guard, *left, who)?
-        } else {
-            self.sleep_outside(&mut guard, *left, who)?
+        let remaining = match *left {
+            Some(remaining) => remaining,
+            None => {
+                *left = Some(msecs_to_jiffies(TIMEOUT_MS));
+                // The host may not have been told of what fills the ring. Once: whether it wants to
+                // be told does not depend on whether there is anything new, without event index.
+                if guard.kick_prepare() {
+                    drop(guard);
+                    self.0.notify(CTRL);
+                    return Ok(self.0.lock(CTRL));
+                }
+                msecs_to_jiffies(TIMEOUT_MS)
+            }
         };
+
+        guard.state().may_wait(full, remaining)?;
+        *left = Some(if full {
+            self.sleep(&mut guard, remaining, who)?
+        } else {
+            self.sleep_outside(&mut guard, remaining, who)?
+        });
         Ok(guard)
     }
 
@@ -957,8 +980,7 @@ impl Queue {
         let reply = Arc::pin_init(new_spinlock!(None), GFP_KERNEL)?;
         let token = Token::new::<C>(Done::Reply(reply.clone()));
 
-        self.submit_bytes(command.as_bytes(), None, &mut response, token, who, true)
-            .map_err(|rejected| rejected.error)?;
+        self.submit_bytes(command.as_bytes(), None, &mut response, token, who, true)?;
         Ok(Question {
             command: C::TYPE,
             reply,
@@ -993,13 +1015,8 @@ impl Queue {
                 if waited || guard.in_flight() == 0 {
                     return Ok(());
                 }
-                if left == 0 || guard.state().stalled {
-                    guard.state().stalled = true;
-                    return Err(ETIMEDOUT);
-                }
-            } else if left == 0 {
-                return Err(ETIMEDOUT);
             }
+            guard.state().may_wait(admitted, left)?;
             left = if admitted {
                 self.sleep(&mut guard, left, who)?
             } else {
@@ -1041,43 +1058,51 @@ impl Queue {
     ///
     /// Returns what can be dropped at once: the host cannot be told, nor reach it, any more.
     pub(crate) fn unref(&self, held: KBox<Held>) -> Option<KBox<Held>> {
-        let command = command::resource_unref(held.resource);
-        let sent = self.submit_bytes(
-            command.as_bytes(),
-            None,
-            &mut Response::Inline(command::HEADER_LEN),
-            Token::release(held),
-            Who::Kernel,
-            false,
-        );
-
-        match sent {
-            Ok(()) => {
-                self.kick(CTRL);
-                None
-            }
-            Err(rejected) => self.retire(rejected.token),
-        }
-    }
-
-    /// Keeps what a token keeps alive until the host can be told, or the device has been reset.
-    fn retire(&self, token: Token) -> Option<KBox<Held>> {
-        let Done::Release(held) = token.done else {
-            return None;
-        };
         let mut guard = self.0.lock(CTRL);
+        let held = match guard.state().gate.admit(Who::Kernel) {
+            ControlFlow::Continue(true) => match Self::add_unref(&mut guard, held) {
+                Ok(()) => {
+                    let wanted = guard.kick_prepare();
 
+                    drop(guard);
+                    if wanted {
+                        self.0.notify(CTRL);
+                    }
+                    return None;
+                }
+                Err(held) => held,
+            },
+            _ => held,
+        };
         let state = guard.state();
 
-        // Under the lock: once the device is wedged or gone, and has been reset, nobody empties the
-        // list any more. While it sleeps, the host may keep what it has.
+        // Under the same lock: if the ring is full, the answers that make room find out that
+        // something is owed. And once the device is wedged or gone, and has been reset, nobody
+        // empties the list any more. While it sleeps, the host may keep what it has.
         if state.exposed || matches!(state.gate, Gate::Draining | Gate::Frozen) {
-            Engine::push(&self.0.handler().limbo, held);
             state.owing = true;
+            Engine::push(&self.0.handler().limbo, held);
             return None;
         }
         drop(guard);
         Some(held)
+    }
+
+    /// Puts the command into the ring that has the host forget a resource, or returns what the
+    /// resource is made of if that is not possible now.
+    fn add_unref(guard: &mut Guard<'_>, held: KBox<Held>) -> Result<(), KBox<Held>> {
+        let added = guard.add(
+            command::resource_unref(held.resource).as_bytes(),
+            None,
+            &mut Response::Inline(command::HEADER_LEN),
+            Token::release(held),
+        );
+
+        match added.map_err(|refused| refused.token.done) {
+            Err(Done::Release(held)) => Err(held),
+            // No other token was given.
+            _ => Ok(()),
+        }
     }
 
     /// Tells the host what there was no room for.
@@ -1097,17 +1122,9 @@ impl Queue {
                 guard.state().owing = false;
                 break;
             };
-            let added = guard.add(
-                command::resource_unref(held.resource).as_bytes(),
-                None,
-                &mut Response::Inline(command::HEADER_LEN),
-                Token::release(held),
-            );
 
-            if let Err(full) = added {
-                if let Done::Release(held) = full.token.done {
-                    Engine::push(&engine.limbo, held);
-                }
+            if let Err(held) = Self::add_unref(&mut guard, held) {
+                Engine::push(&engine.limbo, held);
                 break;
             }
             any = true;

@@ -94,9 +94,14 @@ pub(crate) mod resp {
     pub(crate) const ERR_INVALID_PARAMETER: u32 = 0x1205;
 }
 
-/// 32 bits a pixel, blue in the lowest byte, the highest one unused
-/// (`VIRTIO_GPU_FORMAT_B8G8R8X8_UNORM`).
-pub(crate) const FORMAT_B8G8R8X8_UNORM: u32 = 2;
+/// 32 bits per pixel, blue in the lowest eight of a word, the highest ones unused
+/// (`VIRTIO_GPU_FORMAT_B8G8R8X8_UNORM`, and on big endian `VIRTIO_GPU_FORMAT_X8R8G8B8_UNORM`: they
+/// are named by the bytes in memory).
+pub(crate) const FORMAT_HOST_XRGB8888: u32 = if cfg!(target_endian = "big") {
+    4
+} else {
+    2
+};
 
 macro_rules! wire {
     ($($(#[$meta:meta])* $name:ident { $($(#[$fmeta:meta])* $field:ident: $ty:ty,)* })*) => {$(

@@ -668,6 +668,13 @@ impl Device<device::Core<'_>> {
     pub fn lift_segment_limit(&self) {
         let parent = self.parent().as_raw();
 
+        // SAFETY: `parent` is a valid device, whose bus has set the field, or hasn't, before
+        // anything was bound to it.
+        if unsafe { (*parent).dma_parms.is_null() } {
+            // A bus without such limits, of vDPA devices for one.
+            return;
+        }
+
         // SAFETY: `parent` is a valid device.
         let max = unsafe { bindings::dma_max_mapping_size(parent) };
         let max = match u32::try_from(max) {

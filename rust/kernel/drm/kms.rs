@@ -133,8 +133,8 @@ struct Vtables<D: Driver>(core::marker::PhantomData<D>);
 impl<D: Driver> Vtables<D> {
     const MODE_CONFIG: bindings::drm_mode_config_funcs = bindings::drm_mode_config_funcs {
         fb_create: Some(bindings::drm_gem_fb_create_with_dirty),
-        atomic_check: Some(Self::atomic_check),
-        atomic_commit: Some(bindings::drm_atomic_helper_commit),
+        atomic_check: Some(bindings::drm_atomic_helper_check),
+        atomic_commit: Some(Self::atomic_commit),
         ..pin_init::zeroed()
     };
 
@@ -144,25 +144,20 @@ impl<D: Driver> Vtables<D> {
             ..pin_init::zeroed()
         };
 
-    /// `drm_atomic_helper_check()`, after which no output is switched on that is off while the
-    /// device is unplugged.
+    /// `drm_atomic_helper_commit()`, which switches no output on while the device is unplugged.
     ///
     /// An ioctl may have begun before the device was unplugged, and end after its outputs were
     /// disabled for good.
     ///
     /// # Safety
     ///
-    /// `state` must be a commit of `dev`, a device of driver `D`, that is to be checked.
-    unsafe extern "C" fn atomic_check(
+    /// `state` must be a commit of `dev`, a device of driver `D`, that has been checked and is to
+    /// be carried out.
+    unsafe extern "C" fn atomic_commit(
         dev: *mut bindings::drm_device,
         state: *mut bindings::drm_atomic_commit,
+        nonblock: bool,
     ) -> c_int {
-        // SAFETY: By the safety requirements of this function.
-        let ret = unsafe { bindings::drm_atomic_helper_check(dev, state) };
-        if ret != 0 {
-            return ret;
-        }
-
         let mut idx = 0;
 
         // SAFETY: By the safety requirements of this function.
@@ -170,25 +165,25 @@ impl<D: Driver> Vtables<D> {
             // SAFETY: `drm_dev_enter()` has succeeded. There is no need to stay inside: outputs
             // are disabled after the device is unplugged, with the locks that the caller holds.
             unsafe { bindings::drm_dev_exit(idx) };
-            return 0;
-        }
-
-        // SAFETY: By the safety requirements of this function. A commit has an entry for each CRTC
-        // of its device, and both states of those that are a part of it are valid.
-        let enables = unsafe {
-            (0..(*dev).mode_config.num_crtc as usize).any(|i| {
-                let crtc = (*state).crtcs.add(i);
-                let (old, new) = ((*crtc).old_state, (*crtc).new_state);
-
-                !new.is_null() && (*new).active && !(*old).active
-            })
-        };
-
-        if enables {
-            ENODEV.to_errno()
         } else {
-            0
+            // SAFETY: By the safety requirements of this function. A commit has an entry for each
+            // CRTC of its device, and both states of those that are a part of it are valid.
+            let enables = unsafe {
+                (0..(*dev).mode_config.num_crtc as usize).any(|i| {
+                    let crtc = (*state).crtcs.add(i);
+                    let (old, new) = ((*crtc).old_state, (*crtc).new_state);
+
+                    !new.is_null() && (*new).active && !(*old).active
+                })
+            };
+
+            if enables {
+                return ENODEV.to_errno();
+            }
         }
+
+        // SAFETY: By the safety requirements of this function.
+        unsafe { bindings::drm_atomic_helper_commit(dev, state, nonblock) }
     }
 
     /// `drm_atomic_helper_commit_tail()` with [`Driver::commit_flush`] in its middle, and without

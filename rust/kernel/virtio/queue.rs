@@ -781,8 +781,9 @@ impl<H: Handler<N>, const N: usize> Virtqueues<H, N> {
         for (ring, vq) in rings.iter_mut().zip(vqs) {
             let vq = NonNull::new(vq).ok_or(ENOENT)?;
 
-            // SAFETY: The queue was just found, nobody else uses it. It is deleted after the
-            // structure was taken out again, and before that is dropped: below or in `stop()`.
+            // SAFETY: The queue was just found, nobody else uses it. `stop()` takes the structure out
+            // before it resets the device and deletes the queue. If this function fails, nothing
+            // was added, and the structure is only dropped.
             *ring = Some(Connected::new(unsafe { Ring::new(vq, indirect) }?)?);
         }
 

@@ -339,7 +339,6 @@ impl<'a, D: Driver> PlaneCheck<'a, D> {
     ///
     /// # Errors
     ///
-    /// - `EDEADLK` if the check has to be begun anew. It must be passed on.
     /// - `ERANGE` or `EINVAL` if the plane scales or doesn't cover its CRTC.
     ///
     /// C counterpart: `drm_atomic_helper_check_plane_state()`.
@@ -360,8 +359,11 @@ impl<'a, D: Driver> PlaneCheck<'a, D> {
         }
 
         // SAFETY: By the type invariants, `state` is being checked, and `crtc` is of its device.
-        let crtc_state =
-            from_err_ptr(unsafe { bindings::drm_atomic_get_crtc_state(self.state, crtc) })?;
+        let crtc_state = unsafe { bindings::drm_atomic_get_new_crtc_state(self.state, crtc) };
+        if crtc_state.is_null() {
+            // The core adds the CRTC of a plane to a commit with the plane.
+            return Err(EINVAL);
+        }
 
         // SAFETY: By the type invariants, and `crtc_state` is that of the plane's CRTC.
         to_result(unsafe {

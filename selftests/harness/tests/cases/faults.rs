@@ -33,6 +33,7 @@ use virtgpu_lab::vm::{
     Vm, //
 };
 
+use crate::cycles::Usage;
 use crate::identity::is_built_in;
 
 const SIZE: (u32, u32) = (640, 480);
@@ -59,6 +60,9 @@ const RATE: u32 = 30;
 const MANY: u64 = 2000;
 const PER_GUEST: u64 = 100;
 const FEW: u64 = 6;
+
+/// After so many seeds in a guest, what is made once has been made.
+const WARM_UP: u64 = 10;
 
 /// What the driver may say of a host that makes mistakes.
 const TOLERATED: [&str; 10] = [
@@ -346,10 +350,14 @@ fn random(case: &mut Case, seeds: Range<u64>) -> Result<()> {
         case.expect_in_log(text);
     }
     let vm = case.boot(&Phase::Restore.machine())?;
-    for seed in seeds {
+    let mut warm = None;
+    for (done, seed) in (0..).zip(seeds) {
         let mark = vm.mark();
         vm.run(&format!("echo 'fault: seed {seed}' > /dev/kmsg"))?;
         unload(vm)?;
+        if done == WARM_UP {
+            warm = Some(Usage::measure(vm)?);
+        }
         vm.host()?.misbehave(&format!("random {seed}:{RATE}"))?;
         live(vm, seed).with_context(|| format!("seed {seed}"))?;
         vm.host()?.behave()?;
@@ -362,7 +370,8 @@ fn random(case: &mut Case, seeds: Range<u64>) -> Result<()> {
         let client = Client::start(vm, 1, &[SIZE]).with_context(|| format!("after seed {seed}"))?;
         client.end(vm)?;
     }
-    unload(vm)
+    unload(vm)?;
+    warm.map_or(Ok(()), |warm| warm.expect_no_growth(vm))
 }
 
 /// All that a driver sees: it is loaded, clients come and go, the guest sleeps, the device is unbound and bound.

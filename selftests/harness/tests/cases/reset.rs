@@ -70,6 +70,12 @@ pub fn trials() -> Vec<Trial> {
                 },
             )
         }),
+        trial("reset::mute::event_idx", |case| {
+            mute(case, "edid,indirect,event-idx")
+        }),
+        trial("reset::mute::no_event_idx", |case| {
+            mute(case, "edid,indirect")
+        }),
         trial("reset::needs_reset", needs_reset),
         trial("reset::not_shown", not_shown),
         trial("reset::function::enabled_twice", enabled_twice),
@@ -99,6 +105,40 @@ pub fn trials() -> Vec<Trial> {
             client.end(vm)
         }),
     ]
+}
+
+/// A host that does not answer any more: the ring fills up, and who waits for room gives up after a while. A reset helps.
+///
+/// With an event index the device wants to be told only of what it has not been told of; without, of anything.
+fn mute(case: &mut Case, features: &str) -> Result<()> {
+    const RING: usize = 16;
+    const TOO_LONG: &str = " was not sent: ";
+    case.expect_in_log(TOO_LONG);
+    case.expect_in_log("*ERROR* the host did not answer");
+    let device = reference_with("vq_size", RING);
+    let vm = case.boot(&Machine {
+        host: Machine::on_reference_host(&["--features", features]).host,
+        ..Machine::behind_root_port(&device)
+    })?;
+    let client = Client::start(vm, 0, &[REFERENCE_SIZE])?;
+    let seeds = client.start_flips(vm)?;
+    let mark = vm.mark();
+    control(vm, "reset-counters")?;
+    control(vm, "fault any: no answer")?;
+    vm.host()?.wait_faults(RING)?;
+    vm.wait_console(TOO_LONG, mark)?;
+    // With each flip that is tried, and once by everybody who waits; in a loop it would be ten thousands.
+    let kicks = &vm.host()?.control("counters")?["kicks_control"];
+    ensure!(
+        kicks.as_u64().is_some_and(|kicks| kicks < 1000),
+        "the host was told of a full ring {kicks} times"
+    );
+    control(vm, "clear")?;
+    reset(vm)?;
+    client.expect_flips(vm, seeds)?;
+    client.stop_flips(vm)?;
+    client.draw(vm, 1)?;
+    client.end(vm)
 }
 
 /// A host that gives back a buffer which it did not have is reset, and everything goes on.

@@ -191,19 +191,24 @@ fn many_buffers(case: &mut Case) -> Result<()> {
 /// Sixteen outputs flip, buffers come and go, and an output changes while the guest goes down, four times: 64 flips are under way
 /// when it does, as many as there can be, because DRM has one pending flip for each CRTC.
 fn busy(case: &mut Case) -> Result<()> {
-    const HEADS: u32 = 16;
     const SIZE: (u16, u16) = (640, 480);
     const CYCLES: u32 = 4;
     const BUFFERS: &str = "500";
+    // The console's search for the best of all pairs of outputs and pipes calls itself in two places, so that the stacks from
+    // which it allocates double with each output. KASAN remembers them all: 16 outputs are too many for it.
+    let heads: u32 = match case.kernel.has("CONFIG_KASAN") {
+        true => 8,
+        false => 16,
+    };
     let other = |cycle| (800, 600 + 8 * cycle as u16);
     let vm = case.boot(&Machine {
-        windows: HEADS,
-        ..Machine::with_gpu(&format!("virtio-gpu-pci,max_outputs={HEADS}"))
+        windows: heads,
+        ..Machine::with_gpu(&format!("virtio-gpu-pci,max_outputs={heads}"))
     })?;
-    for head in 0..HEADS {
+    for head in 0..heads {
         vm.resize_window(head, SIZE.0, SIZE.1)?;
     }
-    let sizes = vec![(SIZE.0.into(), SIZE.1.into()); HEADS as usize];
+    let sizes = vec![(SIZE.0.into(), SIZE.1.into()); heads as usize];
     let client = Client::start(vm, 0, &sizes)?;
     let mut churners = Vec::new();
     // A thousand together.
