@@ -23,20 +23,66 @@ use virtgpu_lab::vm::{
     Vm, //
 };
 
+use crate::transports::{
+    expect_feature,
+    feature, //
+};
+
 /// How often each guest goes down and comes back.
 const CYCLES: u8 = 3;
 
 /// What the device offers first, and what the second output is given.
 const SIZE: (u32, u32) = (1280, 800);
 
+/// What shows that driver and device have come to terms.
+#[derive(Clone, Copy)]
+enum Terms {
+    /// A feature bit, and whether it was negotiated.
+    Feature(usize, bool),
+    /// A line of the driver's virtio-gpu-features in debugfs.
+    Line(&'static str),
+}
+
+impl Terms {
+    fn expect(self, vm: &mut Vm) -> Result<()> {
+        match self {
+            Self::Feature(bit, expected) => expect_feature(vm, bit, expected),
+            Self::Line(line) => {
+                let features = vm.run("cat /sys/kernel/debug/dri/0/virtio-gpu-features")?;
+                ensure!(
+                    features.lines().any(|one| one == line),
+                    "there is no '{line}' in {features}"
+                );
+                Ok(())
+            }
+        }
+    }
+}
+
 /// Properties of the device that change what the driver negotiates with it.
-const VARIANTS: [(&str, &str); 6] = [
-    ("edid_off", "edid=off"),
-    ("packed", "packed=on"),
-    ("event_idx_off", "event_idx=off"),
-    ("indirect_desc_off", "indirect_desc=off"),
-    ("iommu_platform", "iommu_platform=on"),
-    ("sixteen_outputs", "max_outputs=16"),
+const VARIANTS: [(&str, &str, Terms); 6] = [
+    ("edid_off", "edid=off", Terms::Line("edid             : no")),
+    ("packed", "packed=on", Terms::Feature(feature::PACKED, true)),
+    (
+        "event_idx_off",
+        "event_idx=off",
+        Terms::Feature(feature::EVENT_IDX, false),
+    ),
+    (
+        "indirect_desc_off",
+        "indirect_desc=off",
+        Terms::Feature(feature::INDIRECT_DESC, false),
+    ),
+    (
+        "iommu_platform",
+        "iommu_platform=on",
+        Terms::Feature(feature::ACCESS_PLATFORM, true),
+    ),
+    (
+        "sixteen_outputs",
+        "max_outputs=16",
+        Terms::Line("scanouts         : 16"),
+    ),
 ];
 
 /// What is on the screen when the guest goes down.
@@ -94,14 +140,19 @@ pub fn trials() -> Vec<Trial> {
             }
         }
     }
-    for (name, properties) in VARIANTS {
+    for (name, properties, terms) in VARIANTS {
         trials.push(trial(format!("suspend::variant::{name}"), move |case| {
             let machine = Machine::with_gpu(&format!("virtio-gpu-pci,{properties}"));
-            let down_and_up = |vm: &mut Vm, _| Sleep::S3.cycle(vm);
+            let down_and_up = |vm: &mut Vm, _| {
+                terms.expect(vm)?;
+                Sleep::S3.cycle(vm)?;
+                // They were negotiated anew.
+                terms.expect(vm)
+            };
             survives(
                 case,
                 &machine,
-                Content::Still,
+                Content::Flips,
                 &[SIZE],
                 down_and_up,
                 PICTURE,

@@ -109,15 +109,22 @@ fn short_ring(case: &mut Case) -> Result<()> {
     client.end(vm)
 }
 
-/// Number of the feature bit VIRTIO_F_ACCESS_PLATFORM.
-const ACCESS_PLATFORM: usize = 33;
+/// Numbers of feature bits, by their names in `linux/virtio_config.h` and `linux/virtio_ring.h`.
+pub mod feature {
+    pub const INDIRECT_DESC: usize = 28;
+    pub const EVENT_IDX: usize = 29;
+    pub const ACCESS_PLATFORM: usize = 33;
+    pub const PACKED: usize = 34;
+}
 
-/// Sees to it that the device leaves its addresses to the platform.
-fn expect_platform_addresses(vm: &mut Vm) -> Result<()> {
+/// Sees to it that driver and device have agreed on a feature, or have not.
+pub fn expect_feature(vm: &mut Vm, bit: usize, expected: bool) -> Result<()> {
     let features = vm.run("cat /sys/bus/virtio/devices/virtio0/features")?;
+    let found = features.as_bytes().get(bit);
+    let digit = if expected { &b'1' } else { &b'0' };
     ensure!(
-        features.as_bytes().get(ACCESS_PLATFORM) == Some(&b'1'),
-        "the device does not leave its addresses to the platform: {features}"
+        found == Some(digit),
+        "feature {bit} is to be {expected} in {features}"
     );
     Ok(())
 }
@@ -128,7 +135,7 @@ fn bounce_buffers(case: &mut Case) -> Result<()> {
         append: "swiotlb=force".into(),
         ..Machine::with_gpu("virtio-gpu-pci,iommu_platform=on")
     })?;
-    expect_platform_addresses(vm)?;
+    expect_feature(vm, feature::ACCESS_PLATFORM, true)?;
     let used = |vm: &mut Vm| -> Result<u64> {
         let used = vm.run("cat /sys/kernel/debug/swiotlb/io_tlb_used")?;
         Ok(used.trim().parse()?)
@@ -162,7 +169,7 @@ fn iommu(case: &mut Case) -> Result<()> {
         arguments: ["-trace", "vtd_iotlb_page_update"].map(String::from).into(),
         ..Machine::with_gpu("")
     })?;
-    expect_platform_addresses(vm)?;
+    expect_feature(vm, feature::ACCESS_PLATFORM, true)?;
     let group = vm.run("cat /sys/bus/virtio/devices/virtio0/../iommu_group/type")?;
     ensure!(
         group.starts_with("DMA"),
