@@ -254,9 +254,12 @@ put $((at + 12)) '\002\0\0\0'
 put $((at + 16)) '\002'
 "#;
 
-/// A device that asks to be reset is, and everything goes on.
+/// A device that asks to be reset is, and everything goes on. Who flips, and who resets it, may be on different processors.
 fn needs_reset(case: &mut Case) -> Result<()> {
-    let vm = case.boot(&Machine::with_gpu("virtio-gpu-pci"))?;
+    let vm = case.boot(&Machine {
+        cpus: 4,
+        ..Machine::with_gpu("virtio-gpu-pci")
+    })?;
     let client = Client::start(vm, 0, &[SIZE])?;
     for time in 1..=TIMES {
         let seeds = client.start_flips(vm)?;

@@ -111,9 +111,12 @@ fn show_something(vm: &mut Vm, seed: u8, size: (u32, u32)) -> Result<()> {
 }
 
 /// The driver is unbound and bound again: with the console, with a client that draws, and with clients that hold what they had for
-/// some time longer.
+/// some time longer. Who is told, and who unbinds it, may be on different processors.
 fn unbind(case: &mut Case) -> Result<()> {
-    let vm = case.boot(&Machine::with_gpu("virtio-gpu-pci"))?;
+    let vm = case.boot(&Machine {
+        cpus: 4,
+        ..Machine::with_gpu("virtio-gpu-pci")
+    })?;
     for round in 1..=3 {
         let mut console = Console::new(vm, 1)?;
         console.write(vm, round, &format!("Round {round}."))?;
