@@ -12,6 +12,7 @@ use virtgpu_lab::case::{
     trial, //
 };
 use virtgpu_lab::client::Client;
+use virtgpu_lab::console::Console;
 use virtgpu_lab::kernel::Kernel;
 use virtgpu_lab::vm::Machine;
 
@@ -148,6 +149,7 @@ fn reload(case: &mut Case) -> Result<()> {
         vm.run("for console in /sys/class/vtconsole/vtcon[1-9]; do echo 0 > $console/bind; done")?;
         vm.run(&format!("rmmod {module}"))?;
         vm.run("load-driver")?;
+        Console::new(vm, 1)?.write(vm, 2, &format!("Round {round}."))?;
     }
     Ok(())
 }

@@ -211,8 +211,11 @@ fn unload_in_use(case: &mut Case) -> Result<()> {
         vm.run("for console in /sys/class/vtconsole/vtcon[1-9]; do echo 0 > $console/bind; done")?;
         let client = Client::start(vm, 10 * round, &[SIZE])?;
         let holder = Holder::start(vm)?;
+        let seeds = client.start_flips(vm)?;
         let output = vm.try_run(&rmmod)?;
         ensure!(output.code != 0, "a module in use was unloaded");
+        client.expect_flips(vm, seeds)?;
+        client.stop_flips(vm)?;
         client.draw(vm, 10 * round + 1)?;
         client.end(vm)?;
         vm.run(UNBIND)?;
@@ -226,6 +229,7 @@ fn unload_in_use(case: &mut Case) -> Result<()> {
         }
         vm.run(&rmmod)?;
         vm.run("load-driver")?;
+        Console::new(vm, 1)?.write(vm, 2, &format!("Round {round}."))?;
         show_something(vm, 10 * round + 2, SIZE)?;
     }
     Ok(())
