@@ -53,12 +53,14 @@ fn boot(case: &mut Case, swap: u32) -> Result<&mut Vm> {
 fn test_resume(case: &mut Case) -> Result<()> {
     let vm = boot(case, ENOUGH)?;
     let client = Client::start(vm, 1, &[SIZE])?;
-    for round in 1..=2 {
+    for seed in 2..=3 {
+        let seeds = client.start_flips(vm)?;
         let mark = vm.mark();
         vm.run(&to_disk("test_resume"))?;
         vm.wait_console("Hibernation image restored successfully", mark)?;
-        client.expect(vm, round)?;
-        client.draw(vm, round + 1)?;
+        client.expect_flips(vm, seeds)?;
+        client.stop_flips(vm)?;
+        client.draw(vm, seed)?;
     }
     client.end(vm)
 }
@@ -92,10 +94,11 @@ fn off_and_on<'a>(case: &'a mut Case, mode: &str) -> Result<&'a mut Vm> {
 fn shutdown(case: &mut Case) -> Result<()> {
     let vm = boot(case, ENOUGH)?;
     let client = Client::start(vm, 1, &[SIZE])?;
-    client.draw(vm, 2)?;
+    let seeds = client.start_flips(vm)?;
     let vm = off_and_on(case, "shutdown")?;
-    client.expect(vm, 2)?;
-    client.draw(vm, 3)?;
+    client.expect_flips(vm, seeds)?;
+    client.stop_flips(vm)?;
+    client.draw(vm, 2)?;
     client.end(vm)
 }
 
@@ -103,7 +106,7 @@ fn shutdown(case: &mut Case) -> Result<()> {
 fn modes_and_suspend(case: &mut Case) -> Result<()> {
     let mut vm = boot(case, ENOUGH)?;
     let client = Client::start(vm, 0, &[SIZE])?;
-    Sleep::S3.cycle(vm)?;
+    suspend(vm, &client)?;
     for (seed, mode) in [(10, "platform"), (20, "reboot")] {
         client.draw(vm, seed)?;
         let seeds = client.start_flips(vm)?;
@@ -111,11 +114,18 @@ fn modes_and_suspend(case: &mut Case) -> Result<()> {
         client.expect_flips(vm, seeds)?;
         client.stop_flips(vm)?;
         client.draw(vm, seed + 1)?;
-        Sleep::S3.cycle(vm)?;
-        client.expect(vm, seed + 1)?;
+        suspend(vm, &client)?;
         client.draw(vm, seed + 2)?;
     }
     client.end(vm)
+}
+
+/// Suspends to RAM while the client flips.
+fn suspend(vm: &mut Vm, client: &Client) -> Result<()> {
+    let seeds = client.start_flips(vm)?;
+    Sleep::S3.cycle(vm)?;
+    client.expect_flips(vm, seeds)?;
+    client.stop_flips(vm)
 }
 
 /// An image is written, and then the guest sleeps in RAM; first it is woken up, and then the power fails.
@@ -128,11 +138,13 @@ fn hybrid(case: &mut Case) -> Result<()> {
     client.stop_flips(vm)?;
     client.draw(vm, 2)?;
 
+    let seeds = client.start_flips(vm)?;
     let sleeper = Sleep::Hybrid.begin(vm)?;
     vm.monitor("quit", json!({}))?;
     let vm = case.boot_again()?;
     vm.wait_end(sleeper.writer())?;
-    client.expect(vm, 2)?;
+    client.expect_flips(vm, seeds)?;
+    client.stop_flips(vm)?;
     client.draw(vm, 3)?;
     client.end(vm)
 }
@@ -142,6 +154,7 @@ fn rolled_back(case: &mut Case) -> Result<()> {
     let vm = boot(case, ENOUGH)?;
     let client = Client::start(vm, 1, &[SIZE])?;
     let before = vm.creations()?;
+    let seeds = client.start_flips(vm)?;
     let mark = vm.mark();
     let writer = vm.start_program(&["sh", "-c", &to_disk("platform")])?;
     vm.wait_console("PM: Image saving progress:   0%", mark)?;
@@ -152,7 +165,8 @@ fn rolled_back(case: &mut Case) -> Result<()> {
     debugger.go()?;
     vm.wait_console("rolling back", mark)?;
     vm.wait_end(writer)?;
-    client.expect(vm, 1)?;
+    client.expect_flips(vm, seeds)?;
+    client.stop_flips(vm)?;
     client.draw(vm, 2)?;
     let lost = vm.creations()? - before;
     ensure!(
@@ -160,8 +174,10 @@ fn rolled_back(case: &mut Case) -> Result<()> {
         "the host lost its resources {lost} times, not for the image and for the end"
     );
 
+    let seeds = client.start_flips(vm)?;
     let vm = off_and_on(case, "platform")?;
-    client.expect(vm, 2)?;
+    client.expect_flips(vm, seeds)?;
+    client.stop_flips(vm)?;
     client.draw(vm, 3)?;
     client.end(vm)
 }
@@ -170,11 +186,13 @@ fn rolled_back(case: &mut Case) -> Result<()> {
 fn aborted(case: &mut Case) -> Result<()> {
     let vm = boot(case, TOO_LITTLE)?;
     let client = Client::start(vm, 1, &[SIZE])?;
-    for round in 1..=2 {
+    for seed in 2..=3 {
+        let seeds = client.start_flips(vm)?;
         let output = vm.try_run(&to_disk("shutdown"))?;
         ensure!(output.code != 0, "the image found room in {TOO_LITTLE} MiB");
-        client.expect(vm, round)?;
-        client.draw(vm, round + 1)?;
+        client.expect_flips(vm, seeds)?;
+        client.stop_flips(vm)?;
+        client.draw(vm, seed)?;
     }
     client.end(vm)
 }
