@@ -155,6 +155,7 @@ impl drm::Driver for DrmDriver {
     };
     const FEAT_RENDER: bool = true;
     const FEAT_MODESET: bool = true;
+    const FEAT_SYNCOBJ: bool = true;
     const IOCTLS: &'static [drm::ioctl::DrmIoctlDescriptor] = &[];
 }
 

@@ -17,7 +17,10 @@ use anyhow::{
     Result,
     bail, //
 };
-use drm::Device as _;
+use drm::{
+    Device as _,
+    DriverCapability, //
+};
 use drm::control::{
     Device as _,
     Mode,
@@ -129,7 +132,28 @@ impl Card {
                 connected: connector.state() == connector::State::Connected,
                 modes: connector.modes().iter().map(mode_info).collect(),
             });
+        const CAPABILITIES: [DriverCapability; 13] = [
+            DriverCapability::DumbBuffer,
+            DriverCapability::VBlankHighCRTC,
+            DriverCapability::DumbPreferredDepth,
+            DriverCapability::DumbPreferShadow,
+            DriverCapability::Prime,
+            DriverCapability::MonotonicTimestamp,
+            DriverCapability::ASyncPageFlip,
+            DriverCapability::CursorWidth,
+            DriverCapability::CursorHeight,
+            DriverCapability::AddFB2Modifiers,
+            DriverCapability::CRTCInVBlankEvent,
+            DriverCapability::SyncObj,
+            DriverCapability::TimelineSyncObj,
+        ];
+        let mut capabilities = Vec::new();
+        for capability in CAPABILITIES {
+            let value = self.get_driver_capability(capability)?;
+            capabilities.push((format!("{capability:?}"), value));
+        }
         Ok(wire::CardInfo {
+            capabilities,
             driver: self.get_driver()?.name().to_string_lossy().into_owned(),
             version: self.version()?,
             outputs: outputs.collect(),

@@ -59,6 +59,8 @@ pub struct Mode {
 pub struct CardInfo {
     pub driver: String,
     pub version: [i32; 3],
+    /// `DRM_CAP_...`, as far as the `drm` crate has names for them.
+    pub capabilities: Vec<(String, u64)>,
     pub outputs: Vec<Output>,
 }
 

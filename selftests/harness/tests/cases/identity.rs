@@ -26,6 +26,23 @@ pub fn trials() -> Vec<Trial> {
     ]
 }
 
+/// What the C driver answers.
+const CAPABILITIES: [(&str, u64); 13] = [
+    ("DumbBuffer", 1),
+    ("VBlankHighCRTC", 1),
+    ("DumbPreferredDepth", 0),
+    ("DumbPreferShadow", 0),
+    ("Prime", 3),
+    ("MonotonicTimestamp", 1),
+    ("ASyncPageFlip", 0),
+    ("CursorWidth", 64),
+    ("CursorHeight", 64),
+    ("AddFB2Modifiers", 0),
+    ("CRTCInVBlankEvent", 1),
+    ("SyncObj", 1),
+    ("TimelineSyncObj", 1),
+];
+
 fn names(case: &mut Case) -> Result<()> {
     let vm = case.boot(&Machine::with_gpu("virtio-gpu-pci,max_outputs=3"))?;
     let card = vm.card()?;
@@ -38,6 +55,15 @@ fn names(case: &mut Case) -> Result<()> {
         card.version == [0, 1, 0],
         "the version is {:?}",
         card.version
+    );
+    let capabilities: Vec<_> = card
+        .capabilities
+        .iter()
+        .map(|(name, value)| (name.as_str(), *value))
+        .collect();
+    ensure!(
+        capabilities == CAPABILITIES,
+        "the capabilities are {capabilities:?}"
     );
     let names: Vec<_> = card
         .outputs
