@@ -355,7 +355,11 @@ impl DriverPlane for Primary {
     #[inline]
     fn atomic_check(_plane: &Plane<Self>, check: &PlaneCheck<'_, DrmDriver>) -> Result {
         check.no_scaling(false)?;
-        check.fb().map_or(Ok(()), Picture::check)
+        match check.fb() {
+            // Neither a framebuffer nor a resource changes: the one before has been checked.
+            Some(fb) if check.fb_changed() => Picture::check(fb),
+            _ => Ok(()),
+        }
     }
 
     #[inline]

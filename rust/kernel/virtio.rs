@@ -658,8 +658,8 @@ impl Device<device::Core<'_>> {
         result
     }
 
-    /// Lets pieces of memory of any length be mapped for the [parent](Self::parent), as far as its
-    /// DMA operations can. By default, they are 64 KiB at the most.
+    /// Raises the length of the pieces in which memory may be mapped for the
+    /// [parent](Self::parent) to what its DMA operations can do. By default it is 64 KiB.
     ///
     /// For a driver that puts addresses into its commands: the length of what is in the queues is
     /// up to the virtio core. Called before anything is mapped.
@@ -896,7 +896,7 @@ impl Negotiation<'_> {
         self.0.has_feature(bit)
     }
 
-    /// Does without the feature `bit`.
+    /// Clears the feature `bit`, so that it is not negotiated.
     pub fn clear_feature(&self, bit: u32) {
         if bit >= bindings::VIRTIO_FEATURES_BITS {
             return;

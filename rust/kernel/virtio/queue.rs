@@ -106,7 +106,7 @@ pub trait Handler<const N: usize>: Send + Sync + Sized + 'static {
 
 /// What the device may write to, see [`Guard::add`].
 pub enum Response {
-    /// So many bytes, which [`RESPONSE_INLINE`] is the most of.
+    /// So many bytes, up to [`RESPONSE_INLINE`], which the queue has room for itself.
     Inline(usize),
     /// Any number of bytes.
     Pages(ResponseBuf),

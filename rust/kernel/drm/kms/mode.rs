@@ -16,7 +16,7 @@ use crate::{
 pub enum ModeStatus {
     /// It can be used.
     Ok,
-    /// It can't be used, for no reason that has a name.
+    /// It can't be used, for a reason that none of C's other values stands for (`MODE_BAD`).
     Bad,
 }
 

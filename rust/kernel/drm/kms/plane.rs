@@ -64,7 +64,7 @@ pub trait DriverPlane: Send + Sync + Sized + 'static {
     /// Checks a new state of the plane.
     ///
     /// Called in process context, with the plane's lock held, as often as it takes to find a state
-    /// that is valid. It mustn't change anything.
+    /// that is valid. It mustn't change anything but the new state.
     ///
     /// The default demands that the plane covers its CRTC, which is what a primary plane without
     /// scaling needs; see [`PlaneCheck::no_scaling`].
@@ -331,6 +331,13 @@ impl<'a, D: Driver> PlaneCheck<'a, D> {
         unsafe { Framebuffer::from_raw_opt((*self.new.as_ptr()).fb) }
     }
 
+    /// Returns whether there is another framebuffer than before.
+    #[inline]
+    pub fn fb_changed(&self) -> bool {
+        // SAFETY: By the type invariants.
+        unsafe { (*self.old.as_ptr()).fb != (*self.new.as_ptr()).fb }
+    }
+
     /// Checks that the plane doesn't scale, and, unless it `can_position`, that it covers its CRTC.
     ///
     /// Does nothing for a plane that is to be disabled. If the framebuffer has changed, the damage
@@ -355,7 +362,7 @@ impl<'a, D: Driver> PlaneCheck<'a, D> {
         unsafe {
             // Also where it hasn't: the flag is copied from state to state, and nobody else
             // clears it.
-            (*new).ignore_damage_clips = (*self.old.as_ptr()).fb != fb;
+            (*new).ignore_damage_clips = self.fb_changed();
         }
 
         // SAFETY: By the type invariants, `state` is being checked, and `crtc` is of its device.
@@ -411,6 +418,7 @@ impl<'a, D: Driver> PlaneUpdate<'a, D> {
     }
 
     /// Returns the new state of the CRTC that shows the plane, if it has one.
+    #[inline]
     fn crtc_state(&self) -> Option<NonNull<bindings::drm_crtc_state>> {
         let crtc = NonNull::new(self.new_state().crtc)?;
 
@@ -432,6 +440,7 @@ impl<'a, D: Driver> PlaneUpdate<'a, D> {
     /// set.
     ///
     /// C counterpart: `drm_atomic_crtc_needs_modeset()`.
+    #[inline]
     pub fn needs_modeset(&self) -> bool {
         self.crtc_state().is_some_and(|state| {
             // SAFETY: By the type invariants, the states in the commit are valid.
@@ -446,6 +455,7 @@ impl<'a, D: Driver> PlaneUpdate<'a, D> {
     }
 
     /// Returns whether the part of the framebuffer that is shown has moved, or is of another size.
+    #[inline]
     pub fn src_changed(&self) -> bool {
         let (old, new) = (self.old_state(), self.new_state());
         (old.src_x, old.src_y, old.src_w, old.src_h) != (new.src_x, new.src_y, new.src_w, new.src_h)
@@ -462,6 +472,7 @@ impl<'a, D: Driver> PlaneUpdate<'a, D> {
     /// It lies within the framebuffer and isn't empty.
     ///
     /// C counterpart: `drm_atomic_helper_damage_merged()`.
+    #[inline]
     pub fn damage_merged(&self) -> Option<Rect> {
         let fb = self.fb()?;
         let mut rect = MaybeUninit::zeroed();
