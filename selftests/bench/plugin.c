@@ -4,14 +4,15 @@
  *
  * Every executed instruction is counted at its address, in granules of 16 bytes, which is how Linux aligns functions. At a cut, what
  * has been counted since the cut before is written to a file. The guest asks for a cut with a magic nop (see marker.h); spans of its
- * code, given on the command line, are cut where they are entered and left. Every cut leaves a line in QEMU's log as well, so that
- * trace events can be told apart by where they stand.
+ * code are cut where they are entered and left. Every cut leaves a line in QEMU's log as well, so that trace events can be told apart
+ * by where they stand.
  *
  * For guests with one processor and -icount shift=0, where the time stamp counter counts nanoseconds.
  *
- * usage: -plugin plugin.so,out=FILE[,span=NAME:FIRST:END]...[,point=NAME:ADDRESS]... -d plugin
+ * usage: -plugin plugin.so,out=FILE,spans=FILE[,point=NAME:ADDRESS]... -d plugin
  *
- * A span is left at its "ret"; a point is only logged, with the time.
+ * A line NAME:FIRST:END of the file is a span, which is left at its "ret". It is read at the first mark, when the guest has loaded its
+ * modules; none of that code may have run before. A point is only logged, with the time.
  */
 
 #include <inttypes.h>
@@ -126,6 +127,7 @@ static uint64_t last_tsc;
 static struct qemu_plugin_register *rax, *rdx;
 static GByteArray *value;
 static bool measuring;
+static const char *spans_path;
 static FILE *out;
 
 static void say(const char *format, ...) __attribute__((format(printf, 1, 2)));
@@ -193,10 +195,45 @@ static void cut(const char *what, const char *name)
 	say("bench %s %s %" PRIu64 "\n", what, name, clock);
 }
 
+/* name:first:end or name:address */
+static void add_place(char *text)
+{
+	struct place *place = &places[nr_places];
+	char *first, *end;
+
+	if (nr_places == MAX_PLACES)
+		die("too many places");
+	place->name = strtok_r(text, ":", &text);
+	first = strtok_r(NULL, ":", &text);
+	end = strtok_r(NULL, ":", &text);
+	if (!place->name || !first)
+		die("a place looks like name:address or name:first:end");
+	place->first = strtoull(first, NULL, 16);
+	place->end = end ? strtoull(end, NULL, 16) : 0;
+	nr_places++;
+}
+
+static void read_spans(void)
+{
+	FILE *file = fopen(spans_path, "r");
+	char line[128];
+
+	if (!file)
+		die("no file with spans");
+	while (fgets(line, sizeof(line), file))
+		add_place(strdup(line));
+	fclose(file);
+}
+
 static void marker_reached(unsigned int vcpu, void *data)
 {
+	static bool spans_are_read;
+
 	switch ((uintptr_t)data) {
 	case MARKER_START:
+		if (!spans_are_read)
+			read_spans();
+		spans_are_read = true;
 		cut("start", "-");
 		measuring = true;
 		break;
@@ -308,24 +345,6 @@ static void vcpu_init(unsigned int vcpu, void *data)
 		die("the processor has no rax and rdx");
 }
 
-/* name:first:end or name:address */
-static void add_place(char *text)
-{
-	struct place *place = &places[nr_places];
-	char *first, *end;
-
-	if (nr_places == MAX_PLACES)
-		die("too many places");
-	place->name = strtok_r(text, ":", &text);
-	first = strtok_r(NULL, ":", &text);
-	end = strtok_r(NULL, ":", &text);
-	if (!place->name || !first)
-		die("a place looks like name:address or name:first:end");
-	place->first = strtoull(first, NULL, 16);
-	place->end = end ? strtoull(end, NULL, 16) : 0;
-	nr_places++;
-}
-
 EXPORT int qemu_plugin_install(uint64_t id, const void *info, int argc, char **argv)
 {
 	for (int i = 0; i < argc; i++) {
@@ -336,11 +355,13 @@ EXPORT int qemu_plugin_install(uint64_t id, const void *info, int argc, char **a
 		*text++ = '\0';
 		if (!strcmp(argv[i], "out"))
 			out = fopen(text, "w");
+		else if (!strcmp(argv[i], "spans"))
+			spans_path = strdup(text);
 		else
 			add_place(strdup(text));
 	}
-	if (!out)
-		die("no file to write to");
+	if (!out || !spans_path)
+		die("a file to write to and one with spans are needed");
 	value = g_byte_array_new();
 	score = qemu_plugin_scoreboard_new(sizeof(struct counters));
 	qemu_plugin_register_vcpu_init_cb(id, vcpu_init, NULL);

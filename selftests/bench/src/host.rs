@@ -6,9 +6,14 @@ use std::collections::BTreeMap;
 
 use anyhow::{
     Context,
-    Result, //
+    Result,
+    ensure, //
 };
-use virtgpu_lab::host::Entry;
+use virtgpu_lab::host::{
+    Entry,
+    after_mark,
+    commands, //
+};
 
 /// QEMU's trace events that are counted.
 pub const EVENTS: &[&str] = &["virtio_notify", "virtqueue_pop", "address_space_map"];
@@ -52,126 +57,168 @@ pub const FREEZE: &str = "freeze";
 /// The point in the guest's kernel where it notifies the host.
 pub const KICK: &str = "kick";
 
+/// Mark in the record of a reference host: everything before has been answered.
+pub const BEGIN: &str = "begin";
+
 /// What the host has been told of the picture since a restore began.
 #[derive(Default)]
 struct Picture {
-    transferred: Vec<String>,
-    on_screen: Option<String>,
+    transferred: Vec<u64>,
+    on_screen: Option<u64>,
     kicked: Option<u64>,
 }
 
-fn count(interval: &mut Interval, span: Option<&str>, add: impl Fn(&mut Traffic)) {
-    add(&mut interval.traffic);
-    if let Some(span) = span {
-        add(interval.spans.entry(span.to_owned()).or_default());
-    }
+/// Reads what QEMU's log has and, if the GPU was not QEMU's, the record of the reference host.
+#[derive(Default)]
+struct Reader<'a> {
+    /// What is not read yet of the record.
+    record: &'a [Entry],
+    /// How often the guest has notified that host, which numbers its commands with it.
+    kicks: u64,
+    intervals: Vec<Interval>,
+    current: Option<Interval>,
+    /// The span that the guest is in, and the one in which it notified the host last: what the host does is for that one.
+    inside: Option<String>,
+    notified: Option<String>,
+    picture: Option<Picture>,
+    /// Lengths of what the host has mapped for the next command.
+    mapped: Vec<u64>,
 }
 
-/// Reads QEMU's log, with the trace and with the plugin's lines.
-pub fn parse(log: &str) -> Result<Vec<Interval>> {
-    let mut intervals = Vec::new();
-    let mut current: Option<Interval> = None;
-    let mut span: Option<String> = None;
-    let mut picture: Option<Picture> = None;
-    let mut mapped = Vec::new();
+impl Reader<'_> {
+    fn count(&mut self, add: impl Fn(&mut Traffic)) {
+        if let Some(interval) = &mut self.current {
+            add(&mut interval.traffic);
+            if let Some(span) = &self.notified {
+                add(interval.spans.entry(span.clone()).or_default());
+            }
+        }
+    }
 
-    for line in log.lines() {
-        let words: Vec<_> = line.split(' ').collect();
-        if let ["bench", what, name, clock] = words[..] {
-            match what {
-                "start" => current = Some(Interval::default()),
-                "settled" => intervals.push(current.take().context("no start")?),
-                "enter" => {
-                    if name == RESTORE {
-                        picture = Some(Picture::default());
-                    }
-                    span = Some(name.into());
+    /// A mark, or a place in the guest's code.
+    fn place(&mut self, what: &str, name: &str, clock: &str) -> Result<()> {
+        match what {
+            "start" => self.current = Some(Interval::default()),
+            "settled" => self
+                .intervals
+                .push(self.current.take().context("no start")?),
+            "enter" => {
+                if name == RESTORE {
+                    self.picture.get_or_insert_default();
                 }
-                "leave" => span = None,
-                "point" if name == KICK => {
-                    if let Some(interval) = &mut current {
-                        count(interval, span.as_deref(), |traffic| traffic.kicks += 1);
-                    }
-                    if let Some(picture) = &mut picture {
-                        picture.kicked = Some(clock.parse()?);
-                    }
+                self.inside = Some(name.into());
+            }
+            "leave" => self.inside = None,
+            "point" if name == KICK => {
+                self.notified.clone_from(&self.inside);
+                self.count(|traffic| traffic.kicks += 1);
+                if let Some(picture) = &mut self.picture {
+                    picture.kicked = Some(clock.parse()?);
                 }
+                if self.current.is_some() {
+                    self.kicks += 1;
+                    self.answers();
+                }
+            }
+            _ => {}
+        }
+        Ok(())
+    }
+
+    /// What a reference host did until it was notified once more.
+    fn answers(&mut self) {
+        while let Some((entry, rest)) = self.record.split_first() {
+            match entry.event.as_str() {
+                "command" if entry.kick > self.kicks => break,
+                "command" => {
+                    let resource = entry.args["resource_id"].as_u64();
+                    self.command(&entry.command.to_lowercase(), resource);
+                }
+                "interrupt" => self.count(|traffic| traffic.interrupts += 1),
                 _ => {}
             }
-            continue;
+            self.record = rest;
         }
-        let Some(interval) = &mut current else {
-            continue;
-        };
-        let mut count = |add: &dyn Fn(&mut Traffic)| count(interval, span.as_deref(), add);
-        let event = words[0];
-        if event == "virtio_notify" {
-            count(&|traffic| traffic.interrupts += 1);
-        } else if event == "address_space_map" {
+    }
+
+    /// One of QEMU's trace events.
+    fn event(&mut self, words: &[&str]) -> Result<()> {
+        if words[0] == "virtio_notify" {
+            self.count(|traffic| traffic.interrupts += 1);
+        } else if words[0] == "address_space_map" {
             // as:0x5 addr 0x1000:18 write:0 attrs:0x1
             let length = words.get(3).and_then(|word| word.split(':').nth(1));
-            mapped.push(u64::from_str_radix(length.context("no length")?, 16)?);
-        } else if event == "virtqueue_pop" {
+            let length = u64::from_str_radix(length.context("no length")?, 16)?;
+            self.mapped.push(length);
+        } else if words[0] == "virtqueue_pop" {
             // vq 0x1 elem 0x2 in_num 1 out_num 1; the command's own buffers were mapped last. Others are a resource's backing.
             let number = |index: usize| -> Result<usize> {
                 Ok(words.get(index).context("no number")?.parse()?)
             };
             let buffers = number(6)? + number(8)?;
-            let bytes: u64 = mapped.iter().rev().take(buffers).sum();
-            mapped.clear();
-            count(&|traffic| traffic.bytes += bytes);
-        } else if let Some(name) = event.strip_prefix("virtio_gpu_cmd_") {
-            count(&|traffic| *traffic.commands.entry(name.into()).or_default() += 1);
-            if let Some(picture) = &mut picture
-                && interval.first_frame.is_none()
-            {
-                let resource = words
-                    .iter()
-                    .position(|word| *word == "res")
-                    .and_then(|position| words.get(position + 1))
-                    .map(|word| word.trim_end_matches(',').to_owned());
-                match (name, resource) {
-                    ("res_xfer_toh_2d", Some(resource)) => picture.transferred.push(resource),
-                    ("set_scanout", resource) => picture.on_screen = resource,
-                    ("res_flush", resource)
-                        if resource == picture.on_screen
-                            && resource
-                                .as_ref()
-                                .is_some_and(|it| picture.transferred.contains(it)) =>
-                    {
-                        interval.first_frame = picture.kicked;
-                    }
-                    _ => {}
-                }
-            }
-        } else if event == "virtio_gpu_update_cursor" {
-            count(&|traffic| *traffic.commands.entry("cursor".into()).or_default() += 1);
+            let bytes: u64 = self.mapped.iter().rev().take(buffers).sum();
+            self.mapped.clear();
+            self.count(|traffic| traffic.bytes += bytes);
+        } else if let Some(name) = words[0].strip_prefix("virtio_gpu_cmd_") {
+            let resource = words
+                .iter()
+                .position(|word| *word == "res")
+                .and_then(|position| words.get(position + 1))
+                .map(|word| word.trim_end_matches(',').trim_start_matches("0x"))
+                .map(|word| u64::from_str_radix(word, 16))
+                .transpose()?;
+            self.command(name, resource);
+        } else if words[0] == "virtio_gpu_update_cursor" {
+            self.command("cursor", None);
         }
+        Ok(())
     }
-    Ok(intervals)
-}
 
-/// Adds to `interval` what has arrived by the record of a reference host.
-pub fn add_record(record: &[Entry], interval: &mut Interval) {
-    let mut phase = FREEZE;
-    for entry in record {
-        let span = interval.spans.entry(phase.to_string()).or_default();
-        let all = &mut interval.traffic;
-        match entry.event.as_str() {
-            "stop" => phase = RESTORE,
-            "interrupt" => {
-                span.interrupts += 1;
-                all.interrupts += 1;
+    fn command(&mut self, name: &str, resource: Option<u64>) {
+        self.count(|traffic| *traffic.commands.entry(name.to_owned()).or_default() += 1);
+
+        let (Some(interval), Some(picture)) = (&mut self.current, &mut self.picture) else {
+            return;
+        };
+        match (name, resource) {
+            ("res_xfer_toh_2d" | "transfer_to_host_2d", Some(resource)) => {
+                picture.transferred.push(resource);
             }
-            "command" => {
-                for traffic in [span, all] {
-                    let name = entry.command.to_lowercase();
-                    *traffic.commands.entry(name).or_default() += 1;
-                }
+            ("set_scanout", resource) => picture.on_screen = resource,
+            ("res_flush" | "resource_flush", Some(resource))
+                if interval.first_frame.is_none()
+                    && picture.on_screen == Some(resource)
+                    && picture.transferred.contains(&resource) =>
+            {
+                interval.first_frame = picture.kicked;
             }
             _ => {}
         }
     }
+}
+
+/// Reads QEMU's log, with the trace and with the plugin's lines. Commands that a reference host recorded, after the mark [`BEGIN`],
+/// count where the guest notified it of them.
+pub fn parse(log: &str, record: Option<&[Entry]>) -> Result<Vec<Interval>> {
+    let mut reader = Reader::default();
+    if let Some(record) = record {
+        reader.record = after_mark(record, BEGIN)?;
+        let before = &record[..record.len() - reader.record.len()];
+        reader.kicks = before.iter().map(|entry| entry.kick).max().unwrap_or(0);
+    }
+    for line in log.lines() {
+        let words: Vec<_> = line.split(' ').collect();
+        if let ["bench", what, name, clock] = words[..] {
+            reader.place(what, name, clock)?;
+        } else if reader.current.is_some() {
+            reader.event(&words)?;
+        }
+    }
+    ensure!(
+        commands(reader.record).next().is_none(),
+        "the host had commands that it was not notified of"
+    );
+    Ok(reader.intervals)
 }
 
 #[cfg(test)]
@@ -183,27 +230,69 @@ mod tests {
         let log = "bench start - 1\n\
                    bench enter restore 2\n\
                    bench point kick 10\n\
+                   bench leave restore 12\n\
                    address_space_map as:0x5 addr 0x1000:18 write:0 attrs:0x1\n\
                    address_space_map as:0x5 addr 0x1000:8 write:1 attrs:0x1\n\
                    virtqueue_pop vq 0x1 elem 0x2 in_num 1 out_num 1\n\
                    virtio_gpu_cmd_res_flush res 0x2, w 1, h 1, x 0, y 0\n\
                    virtio_gpu_cmd_res_xfer_toh_2d res 0x2\n\
                    virtio_gpu_cmd_set_scanout id 0, res 0x2, w 1, h 1, x 0, y 0\n\
-                   bench leave restore 15\n\
+                   bench enter restore 16\n\
                    bench point kick 20\n\
                    virtio_gpu_cmd_res_flush res 0x2, w 1, h 1, x 0, y 0\n\
+                   bench leave restore 25\n\
+                   bench point kick 27\n\
                    bench stop - 30\n\
                    virtio_notify vdev 0x1 vq 0x2\n\
                    bench settled - 40\n";
-        let intervals = parse(log).expect("it is well formed");
+        let intervals = parse(log, None).expect("it is well formed");
         assert_eq!(intervals.len(), 1);
         let interval = &intervals[0];
         assert_eq!(interval.first_frame, Some(20));
         assert_eq!(interval.traffic.commands(), 4);
         assert_eq!(interval.traffic.bytes, 0x20);
         assert_eq!(interval.traffic.interrupts, 1);
-        assert_eq!(interval.traffic.kicks, 2);
-        assert_eq!(interval.spans[RESTORE].kicks, 1);
+        assert_eq!(interval.traffic.kicks, 3);
+        assert_eq!(interval.spans[RESTORE].interrupts, 0);
+        assert_eq!(interval.spans[RESTORE].kicks, 2);
+        assert_eq!(interval.spans[RESTORE].commands(), 4);
+    }
+
+    #[test]
+    fn commands_of_a_record_count_where_the_host_was_notified_of_them() {
+        let record: Vec<Entry> = [
+            r#"{"event":"command","kick":6,"command":"RESOURCE_FLUSH","args":{"resource_id":2}}"#,
+            r#"{"event":"mark","text":"begin"}"#,
+            r#"{"event":"command","kick":7,"command":"SET_SCANOUT","args":{"resource_id":0}}"#,
+            r#"{"event":"interrupt","queue":"control"}"#,
+            r#"{"event":"stop"}"#,
+            r#"{"event":"command","kick":8,"command":"TRANSFER_TO_HOST_2D","args":{"resource_id":2}}"#,
+            r#"{"event":"command","kick":8,"command":"SET_SCANOUT","args":{"resource_id":2}}"#,
+            r#"{"event":"command","kick":8,"command":"RESOURCE_FLUSH","args":{"resource_id":2}}"#,
+        ]
+        .map(|line| serde_json::from_str(line).expect("it is well formed"))
+        .into();
+        let parse = |points: &[&str]| {
+            let log = format!(
+                "bench point kick 0\nbench start - 1\n{}\nbench settled - 9\n",
+                points.join("\n")
+            );
+            parse(&log, Some(&record))
+        };
+        let outside = "bench point kick 2";
+        let inside = [
+            "bench enter restore 3",
+            "bench point kick 4",
+            "bench leave restore 5",
+        ];
+        let intervals = parse(&[&[outside], &inside[..]].concat()).expect("it is well formed");
+        let interval = &intervals[0];
+        assert_eq!(interval.traffic.commands(), 4);
+        assert_eq!(interval.traffic.interrupts, 1);
         assert_eq!(interval.spans[RESTORE].commands(), 3);
+        assert_eq!(interval.spans[RESTORE].kicks, 1);
+        assert_eq!(interval.spans[RESTORE].interrupts, 0);
+        assert_eq!(interval.first_frame, Some(4));
+        assert!(parse(&inside).is_err());
     }
 }

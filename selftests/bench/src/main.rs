@@ -17,10 +17,7 @@ use std::path::{
     PathBuf, //
 };
 use std::process::ExitCode;
-use std::time::{
-    Duration,
-    Instant, //
-};
+use std::time::Duration;
 
 use anyhow::{
     Context,
@@ -30,9 +27,11 @@ use anyhow::{
     ensure, //
 };
 use clap::Parser;
-use image::Rgb;
+use image::{
+    Rgb,
+    RgbImage, //
+};
 use virtgpu_guest::wire::Report;
-use virtgpu_lab::host::after_mark;
 use virtgpu_lab::kernel::{
     self,
     Driver,
@@ -55,6 +54,7 @@ use crate::figures::{
 };
 use crate::host::Traffic;
 use crate::symbols::{
+    Function,
     Image,
     Modules,
     Symbols, //
@@ -130,14 +130,15 @@ fn run(arguments: &Arguments) -> Result<()> {
             println!("measuring the {driver} driver");
             bench.operations(&kernel, &mut figures)?;
         }
-        for buffers in buffers {
-            println!("measuring the {driver} driver's suspend with {buffers} MiB of buffers");
-            bench.suspend(&kernel, *buffers, Host::Forgets, &mut figures)?;
-        }
-        if *driver == Driver::Rust {
+        for host in [Host::Forgets, Host::Keeps, Host::NotReset] {
+            // Only this driver asks a host to keep anything.
+            if host == Host::Keeps && *driver == Driver::C {
+                continue;
+            }
             for buffers in buffers {
-                println!("... on a host that keeps {buffers} MiB of buffers");
-                bench.suspend(&kernel, *buffers, Host::Keeps, &mut figures)?;
+                let name = host.operation(*buffers);
+                println!("measuring the {driver} driver: suspend_{name}");
+                bench.suspend(&kernel, *buffers, host, &mut figures)?;
             }
         }
     }
@@ -157,13 +158,38 @@ struct Done {
     nanoseconds: u64,
 }
 
-/// What the host does when the device is reset for suspend.
+/// What becomes of the host's side in suspend.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Host {
-    /// QEMU's device forgets everything.
+    /// QEMU's device is reset and forgets everything.
     Forgets,
     /// The reference host keeps everything, if it is told to (FREEZING).
     Keeps,
+    /// QEMU's device is not reset, because it says that it keeps its state while it has no power.
+    NotReset,
+}
+
+impl Host {
+    /// What the operations of a suspend are called, after the part of it.
+    fn operation(self, buffers: u32) -> String {
+        match self {
+            Self::Forgets => buffers.to_string(),
+            Self::Keeps => format!("{buffers}_kept"),
+            Self::NotReset => format!("{buffers}_not_reset"),
+        }
+    }
+
+    fn machine(self) -> Machine {
+        // What QEMU keeps of the resources is limited to 256 MiB otherwise.
+        const GPU: &str = "virtio-gpu-pci,max_hostmem=4G";
+        match self {
+            Self::Forgets => Machine::with_gpu(GPU),
+            Self::Keeps => Machine::on_reference_host(&[]),
+            Self::NotReset => {
+                Machine::behind_root_port(&format!("{GPU},x-pcie-pm-no-soft-reset=on"))
+            }
+        }
+    }
 }
 
 /// Memory of the guest.
@@ -183,6 +209,7 @@ struct Guest<'a> {
     counts: PathBuf,
     symbols: Symbols<'a>,
     driver: Driver,
+    host: Host,
 }
 
 impl Bench {
@@ -190,19 +217,13 @@ impl Bench {
         let dir = self.dir.join(format!("{}-{name}", name_of(kernel.driver)));
         fs::create_dir_all(&dir)?;
         let counts = dir.join("counts");
-        let mut plugin = format!("{},out={}", self.plugin.display(), counts.display());
-        // The bus's functions, which call the driver's.
-        for (span, function) in [
-            (host::FREEZE, "virtio_device_freeze"),
-            (host::RESTORE, "virtio_device_restore_priv"),
-        ] {
-            let function = self.image.function(function)?;
-            write!(
-                plugin,
-                ",span={span}:{:x}:{:x}",
-                function.start, function.end
-            )?;
-        }
+        let spans = dir.join("spans");
+        let mut plugin = format!(
+            "{},out={},spans={}",
+            self.plugin.display(),
+            counts.display(),
+            spans.display()
+        );
         for function in ["vp_notify", "vp_notify_with_data"] {
             let function = self.image.function(function)?;
             write!(plugin, ",point={}:{:x}", host::KICK, function.start)?;
@@ -218,39 +239,57 @@ impl Bench {
         for event in host::EVENTS {
             arguments.extend([String::from("-trace"), event.to_string()]);
         }
-        let mut machine = Machine {
+        let machine = Machine {
             icount: true,
             append: "nokaslr".into(),
             programs: vec![self.guest.clone()],
             memory: MEMORY,
             arguments,
-            // What the host keeps of the resources is limited to 256 MiB otherwise.
-            ..Machine::with_gpu("virtio-gpu-pci,max_hostmem=4G")
+            ..host.machine()
         };
-        if host == Host::Keeps {
-            let Machine { host, devices, .. } = Machine::on_reference_host(&[]);
-            machine = Machine {
-                host,
-                devices,
-                ..machine
-            };
-        }
         let mut vm = Vm::boot(kernel, &machine, &dir)?;
         // A cursor that blinks would be measured as well.
         vm.run("echo 0 > /sys/class/graphics/fbcon/cursor_blink")?;
         let symbols = vm.run("grep '\\[' /proc/kallsyms")?;
         // With it, and with the counts, the hot places of a function can be found in its disassembly.
         fs::write(dir.join("symbols"), &symbols)?;
-        let modules = Modules::parse(&symbols)?;
+        let symbols = Symbols {
+            image: &self.image,
+            modules: Modules::parse(&symbols)?,
+        };
+        fs::write(spans, self.spans(&symbols, kernel.driver)?)?;
         Ok(Guest {
             vm,
             counts,
-            symbols: Symbols {
-                image: &self.image,
-                modules,
-            },
+            symbols,
             driver: kernel.driver,
+            host,
         })
+    }
+
+    /// The device's part of suspend, for the plugin: the virtio bus's functions, which call the driver's, and, where a driver has
+    /// them, the functions that the PM core calls by itself. C does in the former what this driver does in the latter.
+    fn spans(&self, symbols: &Symbols<'_>, driver: Driver) -> Result<String> {
+        let mut text = String::new();
+        for (span, bus, callback) in [
+            (host::FREEZE, "virtio_device_freeze", "::suspend_callback"),
+            (
+                host::RESTORE,
+                "virtio_device_restore_priv",
+                "::resume_callback",
+            ),
+        ] {
+            let callbacks = symbols.in_modules(callback);
+            ensure!(
+                callbacks.is_empty() == (driver == Driver::C),
+                "the {driver} driver has {} functions {callback}",
+                callbacks.len()
+            );
+            for Function { start, end } in [&[self.image.function(bus)?], &callbacks[..]].concat() {
+                writeln!(text, "{span}:{start:x}:{end:x}")?;
+            }
+        }
+        Ok(text)
     }
 
     fn operations(&self, kernel: &Kernel, figures: &mut Figures) -> Result<()> {
@@ -281,10 +320,7 @@ impl Bench {
         host: Host,
         figures: &mut Figures,
     ) -> Result<()> {
-        let name = match host {
-            Host::Forgets => buffers.to_string(),
-            Host::Keeps => format!("{buffers}_kept"),
-        };
+        let name = host.operation(buffers);
         // Clearing the buffers is not measured here: let it take 8 bytes an instruction, not one.
         let processor = "max,-erms,-fsrm";
         let mut guest = self.boot(kernel, &format!("suspend-{name}"), processor, host)?;
@@ -302,13 +338,10 @@ impl Bench {
             Ok(line)
         };
         expect(&mut guest, 0, "before")?;
-        let before = screen::dump(&mut guest.vm, 0)?;
-        ensure!(
-            before.pixels().any(|pixel| *pixel != Rgb([0, 0, 0])),
-            "nothing is drawn"
-        );
+        let drawn = drawn();
+        screen::expect(&mut guest.vm, 0, "the first buffer", &drawn)?;
         if let Some(host) = &guest.vm.host {
-            host.mark(BEGIN)?;
+            host.mark(host::BEGIN)?;
         }
         guest.vm.say(program, "")?;
         let line = expect(&mut guest, 1, "measured")?;
@@ -318,19 +351,30 @@ impl Bench {
             times: 1,
             nanoseconds: words.last().context("no time")?.parse()?,
         };
-        let end = Instant::now() + screen::SCREEN_LIMIT;
-        let mut after = screen::dump(&mut guest.vm, 0)?;
-        while after != before && Instant::now() < end {
-            after = screen::dump(&mut guest.vm, 0)?;
-        }
+        // C loses it, and there is nothing to wait for.
+        let limit = match kernel.driver {
+            Driver::C => Duration::ZERO,
+            Driver::Rust => screen::SCREEN_LIMIT,
+        };
+        let (after, right) = screen::watch(&mut guest.vm, 0, limit, |picture| *picture == drawn)?;
         after.save(guest.vm.dir.join("after.png"))?;
+        ensure!(
+            right || kernel.driver == Driver::C,
+            "suspend_{name}: the screen is not what it was"
+        );
         guest.evaluate(&[done], figures)?;
-        guest.evaluate_spans(&name, after == before, figures)
+        guest.evaluate_spans(&name, right, figures)
     }
 }
 
-/// Mark in the record of a host that keeps things.
-const BEGIN: &str = "begin";
+/// What the guest's program has drawn when it suspends: draw() in guest.c.
+fn drawn() -> RgbImage {
+    const SIZE: u32 = 512;
+    RgbImage::from_fn(SIZE, SIZE, |x, y| {
+        let [_, red, green, blue] = ((y * SIZE + x) * 0x10f + 0x3b1f).to_be_bytes();
+        Rgb([red, green, blue])
+    })
+}
 
 /// Returns a line of a program's that was started after `start`, counted from 0, or nothing if it has ended well before.
 fn line(vm: &mut Vm, program: Program, start: Mark, number: usize) -> Result<Option<String>> {
@@ -361,21 +405,11 @@ fn line(vm: &mut Vm, program: Program, start: Mark, number: usize) -> Result<Opt
 impl Guest<'_> {
     fn read(&self) -> Result<(Vec<counts::Interval>, Vec<host::Interval>)> {
         let log = fs::read(self.vm.dir.join("qemu.log"))?;
-        let mut arrived = host::parse(&String::from_utf8_lossy(&log))?;
-        if let Some(host) = &self.vm.host {
-            let record = host.record()?;
-            let interval = arrived.first_mut().context("nothing is measured")?;
-            host::add_record(after_mark(&record, BEGIN)?, interval);
-        }
+        let record = self.vm.host.as_ref().map(|host| host.record());
+        let record = record.transpose()?;
+        let arrived = host::parse(&String::from_utf8_lossy(&log), record.as_deref())?;
         let counted = counts::parse(&fs::read_to_string(&self.counts)?)?;
         Ok((counted, arrived))
-    }
-
-    /// Notes a time on the guest's clock. With a host that is not QEMU it is none: the guest waits for another process.
-    fn add_clock(&self, figures: &mut Figures, operation: &str, metric: &str, nanoseconds: f64) {
-        if self.vm.host.is_none() {
-            figures.add(operation, self.name(), metric, nanoseconds / 1e3);
-        }
     }
 
     /// Notes the figures of the operations that were done, each for one time.
@@ -397,8 +431,8 @@ impl Guest<'_> {
                 &counted.counts,
                 &arrived.traffic,
             )?;
-            let clock = done.nanoseconds as f64 / times;
-            self.add_clock(figures, &done.name, "clock_us", clock);
+            let clock = done.nanoseconds as f64 / times / 1e3;
+            figures.add(&done.name, self.name(), "clock_us", clock);
         }
         Ok(())
     }
@@ -407,18 +441,26 @@ impl Guest<'_> {
     fn evaluate_spans(&self, case: &str, right: bool, figures: &mut Figures) -> Result<()> {
         let (counted, arrived) = self.read()?;
         let (counted, arrived) = (&counted[0], &arrived[0]);
-        for span in &counted.spans {
-            let name = format!("{}_{case}", span.name);
-            let traffic = arrived.spans.get(&span.name).cloned().unwrap_or_default();
-            self.add(figures, &name, 1.0, &span.counts, &traffic)?;
-            self.add_clock(figures, &name, "clock_us", span.duration as f64);
-            if span.name == host::RESTORE {
+        for span in [host::FREEZE, host::RESTORE] {
+            let name = format!("{span}_{case}");
+            let traffic = arrived.spans.get(span).cloned().unwrap_or_default();
+            let seen = counted.spans.get(span).cloned();
+            // The C driver is not called for a device that is not reset.
+            ensure!(
+                seen.is_none() == (self.driver == Driver::C && self.host == Host::NotReset),
+                "{name} was seen, or not seen, against expectation"
+            );
+            let seen = seen.unwrap_or_default();
+            self.add(figures, &name, 1.0, &seen.counts, &traffic)?;
+            let clock = seen.before(u64::MAX) as f64 / 1e3;
+            figures.add(&name, self.name(), "clock_us", clock);
+            if span == host::RESTORE {
                 figures.add(&name, self.name(), "picture_right", right.into());
                 if let Some(frame) = arrived.first_frame
                     && right
                 {
-                    let clock = (frame - span.begin) as f64;
-                    self.add_clock(figures, &name, "first_frame_us", clock);
+                    let clock = seen.before(frame) as f64 / 1e3;
+                    figures.add(&name, self.name(), "first_frame_us", clock);
                 }
             }
         }

@@ -99,6 +99,20 @@ pub struct Symbols<'a> {
 const KERNEL: u64 = 1 << 63;
 
 impl Symbols<'_> {
+    /// Returns the functions of modules with `part` in their names.
+    pub fn in_modules(&self, part: &str) -> Vec<Function> {
+        let starts = self.modules.functions.iter();
+        let ends = self.modules.functions.keys().skip(1);
+        starts
+            .zip(ends)
+            .filter(|((_, name), _)| name.contains(part))
+            .map(|((start, _), end)| Function {
+                start: *start,
+                end: *end,
+            })
+            .collect()
+    }
+
     fn part(&self, address: u64) -> &str {
         if address < KERNEL {
             return USER;
