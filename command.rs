@@ -69,13 +69,18 @@ pub(crate) trait Command: IntoBytes + Immutable {
     const TYPE: u32;
     /// The number of the answer that says that it was carried out.
     const OK: u32 = resp::OK_NODATA;
+    /// How long an answer is at the most, in bytes.
+    const ANSWER_LEN: usize = HEADER_LEN;
 }
 
 macro_rules! commands {
-    ($($name:ident => $ty:ident $(, $ok:ident)?;)*) => {
+    ($($name:ident => $ty:ident $(, $ok:ident: $answer:ident)?;)*) => {
         $(impl Command for uapi::$name {
             const TYPE: u32 = cmd::$ty;
-            $(const OK: u32 = resp::$ok;)?
+            $(
+                const OK: u32 = resp::$ok;
+                const ANSWER_LEN: usize = size_of::<uapi::$answer>();
+            )?
         })*
     };
 }
@@ -87,7 +92,7 @@ commands! {
     ResourceFlush => RESOURCE_FLUSH;
     TransferToHost2d => TRANSFER_TO_HOST_2D;
     ResourceAttachBacking => RESOURCE_ATTACH_BACKING;
-    GetEdid => GET_EDID, OK_EDID;
+    GetEdid => GET_EDID, OK_EDID: RespEdid;
     StatusFreezing => STATUS_FREEZING;
 }
 
@@ -95,6 +100,7 @@ commands! {
 impl Command for CtrlHdr {
     const TYPE: u32 = cmd::GET_DISPLAY_INFO;
     const OK: u32 = resp::OK_DISPLAY_INFO;
+    const ANSWER_LEN: usize = size_of::<uapi::RespDisplayInfo>();
 }
 
 /// Asks for size and place of every scanout.

@@ -60,7 +60,6 @@ use crate::{
         CPP, //
     },
     queue::{
-        Token,
         Who,
         CTRL, //
     },
@@ -79,10 +78,6 @@ const DEFAULT_HEIGHT: u32 = 768;
 
 /// How far a mode may be below what the host wants, in pixels: a CVT mode cannot have any size.
 const SLACK: u32 = 16;
-
-/// The longest answer with an EDID, and the one to [`command::get_display_info`], in bytes.
-const EDID_LEN: usize = size_of::<uapi::RespEdid>();
-const DISPLAY_INFO_LEN: usize = size_of::<uapi::RespDisplayInfo>();
 
 /// Sets up the outputs. The device is not registered yet.
 pub(crate) fn init(drm: &drm::UnregisteredDevice<DrmDriver>) -> Result {
@@ -125,7 +120,7 @@ pub(crate) fn init(drm: &drm::UnregisteredDevice<DrmDriver>) -> Result {
 pub(crate) fn refresh(drm: &Device) -> Result<bool> {
     let queue = &drm.queue;
     let new = queue
-        .call(&command::get_display_info(), DISPLAY_INFO_LEN, Who::Pm)
+        .call(&command::get_display_info(), Who::Pm)
         .and_then(|answer| Displays::parse(answer.as_slice()))
         .inspect_err(|e| {
             // A device that is gone has nothing to say, and that is known. Whoever resets it asks
@@ -160,7 +155,7 @@ pub(crate) fn refresh(drm: &Device) -> Result<bool> {
         let mut questions = [const { None }; uapi::MAX_SCANOUTS];
 
         for (scanout, question) in (0..drm.features.num_scanouts).zip(&mut questions) {
-            *question = Some(queue.ask(&command::get_edid(scanout), EDID_LEN, Who::Pm));
+            *question = Some(queue.ask(&command::get_edid(scanout), Who::Pm));
         }
         queue.kick(CTRL);
 
@@ -219,7 +214,6 @@ fn set_scanout(drm: &Device, scanout: u32, shown: Shown) -> Result {
     drm.queue.submit(
         &command::set_scanout(scanout, shown.resource, shown.rect),
         None,
-        Token::unattended::<uapi::SetScanout>(None),
         Who::Kernel,
     )
 }

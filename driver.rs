@@ -192,8 +192,8 @@ fn start(dev: &virtio::Device<Bound>, drm: &Device) -> Result {
     if drm.features.freezing {
         // A host may still keep what a guest that crashed in its sleep had left, and it has to
         // prove that it knows the command: its bit may mean something else.
-        match queue.call_nodata(&command::status_freezing(false), Who::Kernel) {
-            Ok(()) => {
+        match queue.call(&command::status_freezing(false), Who::Kernel) {
+            Ok(_) => {
                 drm.freezing.store(true, Relaxed);
                 dev_info!(dev.parent(), "[drm] features: +freezing\n");
             }

@@ -48,7 +48,6 @@ use crate::{
         Held,
         Queue,
         Tally,
-        Token,
         Who,
         CTRL, //
     },
@@ -113,19 +112,19 @@ impl Resource {
                         self.height,
                     ),
                     None,
-                    Token::unattended::<uapi::ResourceCreate2d>(tally),
+                    tally,
                     who,
                 ),
                 CREATED => queue.try_submit(
                     &command::resource_attach_backing(self.id, self.nr_entries),
                     Some(&self.backing),
-                    Token::unattended::<uapi::ResourceAttachBacking>(tally),
+                    tally,
                     who,
                 ),
                 BACKED if fill => queue.try_submit(
                     &command::transfer_to_host_2d(self.id, 0, self.all()),
                     None,
-                    Token::unattended::<uapi::TransferToHost2d>(tally),
+                    tally,
                     who,
                 ),
                 BACKED => Ok(()),
@@ -142,19 +141,13 @@ impl Resource {
         queue.submit(
             &command::transfer_to_host_2d(self.id, offset, rect),
             None,
-            Token::unattended::<uapi::TransferToHost2d>(None),
             Who::Kernel,
         )
     }
 
     /// Brings a rectangle onto every scanout that shows the resource.
     pub(crate) fn flush(&self, queue: &Queue, rect: Rect) -> Result {
-        queue.submit(
-            &command::resource_flush(self.id, rect),
-            None,
-            Token::unattended::<uapi::ResourceFlush>(None),
-            Who::Kernel,
-        )
+        queue.submit(&command::resource_flush(self.id, rect), None, Who::Kernel)
     }
 }
 
@@ -339,14 +332,12 @@ impl Resources {
         }
         queue.submit(
             &command::set_scanout(scanout, shown.resource, shown.rect),
-            None,
-            Token::unattended::<uapi::SetScanout>(Some(tally)),
+            Some(tally),
             Who::Pm,
         )?;
         queue.submit(
             &command::resource_flush(shown.resource, shown.rect),
-            None,
-            Token::unattended::<uapi::ResourceFlush>(Some(tally)),
+            Some(tally),
             Who::Pm,
         )
     }

@@ -242,11 +242,11 @@ fn quiesce(drm: &Device) -> Result<MutexGuard<'_, State>> {
 
     if state.sentinel == Sentinel::Unknown {
         // Refused where it is not there, which is as good.
-        let _ = queue.ask(&destroy, command::HEADER_LEN, Who::Pm);
+        let _ = queue.ask(&destroy, Who::Pm);
     }
 
     // Always: whether the device will be reset is not known yet, another driver may abort this.
-    let created = queue.ask(&create, command::HEADER_LEN, Who::Pm);
+    let created = queue.ask(&create, Who::Pm);
     // That is when the answer has come, if it ever does.
     let drained = queue.drain();
     let created = created.and_then(|question| question.answer().map(drop));
@@ -263,8 +263,8 @@ fn quiesce(drm: &Device) -> Result<MutexGuard<'_, State>> {
     } else if state.sentinel == Sentinel::Present
         && asks_to_keep(drm.freezing.load(Relaxed), state.phase)
     {
-        state.promised = match queue.call_nodata(&command::status_freezing(true), Who::Pm) {
-            Ok(()) => true,
+        state.promised = match queue.call(&command::status_freezing(true), Who::Pm) {
+            Ok(_) => true,
             Err(e) => {
                 dev_info!(
                     drm.as_ref(),
@@ -485,21 +485,11 @@ fn revive(drm: &Device, state: &mut State, reset: bool) -> Result {
     }
 
     // Not by a flush: there are hosts that flush what they do not have.
-    let destroyed = (plan == Plan::Verify).then(|| {
-        queue.ask(
-            &command::resource_unref(SENTINEL),
-            command::HEADER_LEN,
-            Who::Pm,
-        )
-    });
+    let destroyed =
+        (plan == Plan::Verify).then(|| queue.ask(&command::resource_unref(SENTINEL), Who::Pm));
     // What the host kept for nothing it may now forget, too.
-    let told = mem::take(&mut state.promised).then(|| {
-        queue.ask(
-            &command::status_freezing(false),
-            command::HEADER_LEN,
-            Who::Pm,
-        )
-    });
+    let told = mem::take(&mut state.promised)
+        .then(|| queue.ask(&command::status_freezing(false), Who::Pm));
 
     queue.kick(CTRL);
 
@@ -542,7 +532,7 @@ fn revive(drm: &Device, state: &mut State, reset: bool) -> Result {
         queue.restart()?;
         if state.promised
             && queue
-                .call_nodata(&command::status_freezing(false), Who::Pm)
+                .call(&command::status_freezing(false), Who::Pm)
                 .is_ok()
         {
             // Unless it did not know until now that it need not keep them.

@@ -204,7 +204,7 @@ impl Token {
     }
 
     /// A token for a command that nobody waits for. An error is logged, and counted in `tally`.
-    pub(crate) fn unattended<C: Command>(tally: Option<&Arc<Tally>>) -> Self {
+    fn unattended<C: Command>(tally: Option<&Arc<Tally>>) -> Self {
         Self::new::<C>(tally.map_or(Done::Log, |tally| Done::Tally(tally.clone())))
     }
 
@@ -843,8 +843,8 @@ impl Queue {
         }
     }
 
-    /// Puts a command into the control queue; the host learns of it with the next
-    /// [`Queue::kick`].
+    /// Puts a command into the control queue that nobody waits for; the host learns of it with the
+    /// next [`Queue::kick`]. If it fails there, that is logged, and counted in `tally`.
     ///
     /// Waits while the ring is full or the gate is closed for a while. Process context, without a
     /// lock that completing a command, reclaiming memory or faulting a page in may need.
@@ -855,16 +855,20 @@ impl Queue {
     pub(crate) fn submit<C: Command>(
         &self,
         command: &C,
-        payload: Option<&Arc<Payload>>,
-        token: Token,
+        tally: Option<&Arc<Tally>>,
         who: Who,
     ) -> Result {
-        let mut response = Response::Inline(command::HEADER_LEN);
-
-        self.submit_bytes(command.as_bytes(), payload, &mut response, token, who, true)
+        self.submit_bytes(
+            command.as_bytes(),
+            None,
+            &mut Response::Inline(C::ANSWER_LEN),
+            Token::unattended::<C>(tally),
+            who,
+            true,
+        )
     }
 
-    /// Like [`Queue::submit`], but does not wait.
+    /// Like [`Queue::submit`], but does not wait, and may have a payload.
     ///
     /// Errors: likewise, and [`EAGAIN`] where it would have to wait. Somebody who can wait calls
     /// [`Queue::wait_turn`] then, and tries again.
@@ -872,16 +876,14 @@ impl Queue {
         &self,
         command: &C,
         payload: Option<&Arc<Payload>>,
-        token: Token,
+        tally: Option<&Arc<Tally>>,
         who: Who,
     ) -> Result {
-        let mut response = Response::Inline(command::HEADER_LEN);
-
         self.submit_bytes(
             command.as_bytes(),
             payload,
-            &mut response,
-            token,
+            &mut Response::Inline(C::ANSWER_LEN),
+            Token::unattended::<C>(tally),
             who,
             false,
         )
@@ -955,27 +957,26 @@ impl Queue {
         Ok(guard)
     }
 
-    /// Puts a command into the control queue, tells the host, and waits for the answer, which is
-    /// of length `len` at the most.
+    /// Puts a command into the control queue, tells the host, and waits for the answer.
     ///
     /// Errors: those of [`Queue::submit`], and what the host's answer comes closest to; the host
     /// has until [`TIMEOUT_MS`] to give one.
-    pub(crate) fn call<C: Command>(&self, command: &C, len: usize, who: Who) -> Result<Answer> {
-        let question = self.ask(command, len, who)?;
+    pub(crate) fn call<C: Command>(&self, command: &C, who: Who) -> Result<Answer> {
+        let question = self.ask(command, who)?;
 
         self.kick(CTRL);
         question.wait(self, who)
     }
 
-    /// Puts a command into the control queue, whose answer is of length `len` at the most, and will
-    /// be waited for with [`Question::wait`]. The host learns of it with the next [`Queue::kick`].
+    /// Puts a command into the control queue, whose answer will be waited for with
+    /// [`Question::wait`]. The host learns of it with the next [`Queue::kick`].
     ///
     /// Errors: [`ENOMEM`], and those of [`Queue::submit`].
-    pub(crate) fn ask<C: Command>(&self, command: &C, len: usize, who: Who) -> Result<Question> {
-        let mut response = if len <= virtio::queue::RESPONSE_INLINE {
-            Response::Inline(len)
+    pub(crate) fn ask<C: Command>(&self, command: &C, who: Who) -> Result<Question> {
+        let mut response = if C::ANSWER_LEN <= virtio::queue::RESPONSE_INLINE {
+            Response::Inline(C::ANSWER_LEN)
         } else {
-            Response::Pages(ResponseBuf::new(len)?)
+            Response::Pages(ResponseBuf::new(C::ANSWER_LEN)?)
         };
         let reply = Arc::pin_init(new_spinlock!(None), GFP_KERNEL)?;
         let token = Token::new::<C>(Done::Reply(reply.clone()));
@@ -985,11 +986,6 @@ impl Queue {
             command: C::TYPE,
             reply,
         })
-    }
-
-    /// Like [`Queue::call`], for a command whose answer has no data.
-    pub(crate) fn call_nodata<C: Command>(&self, command: &C, who: Who) -> Result {
-        self.call(command, command::HEADER_LEN, who).map(drop)
     }
 
     /// Waits until [`Queue::try_submit`] may have a better chance.
@@ -1094,7 +1090,7 @@ impl Queue {
         let added = guard.add(
             command::resource_unref(held.resource).as_bytes(),
             None,
-            &mut Response::Inline(command::HEADER_LEN),
+            &mut Response::Inline(uapi::ResourceUnref::ANSWER_LEN),
             Token::release(held),
         );
 

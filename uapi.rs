@@ -97,11 +97,7 @@ pub(crate) mod resp {
 /// 32 bits per pixel, blue in the lowest eight of a word, the highest ones unused
 /// (`VIRTIO_GPU_FORMAT_B8G8R8X8_UNORM`, and on big endian `VIRTIO_GPU_FORMAT_X8R8G8B8_UNORM`: they
 /// are named by the bytes in memory).
-pub(crate) const FORMAT_HOST_XRGB8888: u32 = if cfg!(target_endian = "big") {
-    4
-} else {
-    2
-};
+pub(crate) const FORMAT_HOST_XRGB8888: u32 = if cfg!(target_endian = "big") { 4 } else { 2 };
 
 macro_rules! wire {
     ($($(#[$meta:meta])* $name:ident { $($(#[$fmeta:meta])* $field:ident: $ty:ty,)* })*) => {$(
