@@ -25,6 +25,7 @@ pub const HELP: &str = "  state                      scanouts, resources, what w
   fault RULE                 add a rule, for example: 3rd SET_SCANOUT: no answer
   random SEED[:RATE]|off     strike RATE (20) of a thousand commands
   clear                      forget all rules, and stop random faults
+  answer-now                 give the answers that were to be late, and say how many
   freezing CONDUCT           what happens when the guest freezes, as --conduct
   interrupts NUMBER          interrupt the guest for nothing
   config-change              say that the configuration space changed, although it did not
@@ -36,6 +37,9 @@ pub const HELP: &str = "  state                      scanouts, resources, what w
 fn answer(gpu: &Gpu, png: Option<&Path>, line: &str) -> Result<Value, String> {
     let (word, rest) = line.split_once(' ').unwrap_or((line, ""));
     let rest = rest.trim();
+    if word == "answer-now" {
+        return Ok(json!(gpu.answer_now()));
+    }
     let mut state = gpu.state();
     match word {
         "state" => return Ok(state.device.state()),

@@ -333,6 +333,16 @@ fn faults_reach_the_ring() {
     assert_eq!(wait_for(|| guest.next_used()).0, 0);
     assert!(start.elapsed() >= Duration::from_millis(300));
 
+    guest.ctl("fault GET_EDID: answer after 600 s");
+    guest.post(0, edid);
+    guest.post(1, info);
+    assert_eq!(wait_for(|| guest.next_used()).0, 2);
+    assert_eq!(guest.next_used(), None);
+    assert_eq!(guest.ctl("answer-now"), 1);
+    assert_eq!(wait_for(|| guest.next_used()).0, 0);
+    assert_eq!(guest.ctl("answer-now"), 0);
+    guest.ctl("clear");
+
     guest.ctl("fault GET_EDID: token twice");
     guest.post(0, edid);
     assert_eq!(wait_for(|| guest.next_used()).0, 0);
@@ -355,7 +365,7 @@ fn faults_reach_the_ring() {
     guest.post(1, info);
     assert_eq!(wait_for(|| guest.next_used()).0, 2);
     assert_eq!(guest.next_used(), None);
-    assert_eq!(guest.ctl("faults").as_array().unwrap().len(), 5);
+    assert_eq!(guest.ctl("faults").as_array().unwrap().len(), 6);
     assert!(guest.rules().is_empty());
     // What is not answered is not answered after the reset either.
     guest.ctl("clear");
