@@ -297,6 +297,19 @@ impl Host {
         Ok(faults.as_array().context("faults are a list")?.len())
     }
 
+    /// Has the host keep back its answers to `command` until [`Host::answer_now`].
+    pub fn hold(&self, command: &str) -> Result<()> {
+        self.control(&format!("fault {command}: answer after 600 s"))
+            .map(drop)
+    }
+
+    /// Ends the faults, has the host give the answers that it has kept back, and returns how many there were.
+    pub fn answer_now(&self) -> Result<usize> {
+        self.control("clear")?;
+        let answered = self.control("answer-now")?;
+        Ok(answered.as_u64().context("answers are counted")? as usize)
+    }
+
     /// Ends the faults.
     pub fn behave(&self) -> Result<()> {
         self.control("clear")?;

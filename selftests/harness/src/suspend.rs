@@ -57,6 +57,18 @@ impl Sleep {
         self.cycles(vm, 1)
     }
 
+    /// As [`Sleep::cycle`], and calls `act` as soon as the GPU's driver is told to suspend. It goes on meanwhile.
+    pub fn cycle_with(self, vm: &mut Vm, act: impl FnOnce(&mut Vm) -> Result<()>) -> Result<()> {
+        // Has the kernel say whose turn it is.
+        vm.run("echo 1 > /sys/power/pm_print_times")?;
+        let mut sleeper = self.start(vm, 1)?;
+        vm.wait_console("virtio0: PM: calling ", sleeper.mark)?;
+        act(vm)?;
+        sleeper.wait_asleep(vm)?;
+        sleeper.rouse(vm)?;
+        sleeper.wait_awake(vm)
+    }
+
     /// As [`Sleep::cycle`], several times, and the guest does nothing in between.
     pub fn cycles(self, vm: &mut Vm, count: usize) -> Result<()> {
         let mut sleeper = self.start(vm, count)?;

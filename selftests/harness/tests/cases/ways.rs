@@ -13,7 +13,11 @@ use virtgpu_lab::case::{
     trial, //
 };
 use virtgpu_lab::client::Client;
-use virtgpu_lab::host::after_mark;
+use virtgpu_lab::host::{
+    Entry,
+    after_mark,
+    commands, //
+};
 use virtgpu_lab::suspend::{
     Sleep,
     test, //
@@ -21,11 +25,16 @@ use virtgpu_lab::suspend::{
 use virtgpu_lab::vm::{
     GPU,
     Machine,
+    Vm,
     reference_with, //
 };
 
 /// What the device offers first.
 const SIZE: (u32, u32) = (1280, 800);
+
+/// Marks in the host's record: it begins to keep back answers, and the guest goes down.
+const HOLDS: &str = "the host holds";
+const DOWN: &str = "down";
 
 pub fn trials() -> Vec<Trial> {
     vec![
@@ -35,6 +44,8 @@ pub fn trials() -> Vec<Trial> {
         trial("ways::before_any_modeset", before_any_modeset),
         trial("ways::many_buffers", many_buffers),
         trial("ways::busy", busy),
+        trial("ways::in_flight", in_flight),
+        trial("ways::waiting_clients", waiting_clients),
         trial("ways::full_ring", full_ring),
         trial("ways::without_scanouts", without_scanouts),
     ]
@@ -188,8 +199,9 @@ fn many_buffers(case: &mut Case) -> Result<()> {
     client.end(vm)
 }
 
-/// Sixteen outputs flip, buffers come and go, and an output changes while the guest goes down, four times: 64 flips are under way
-/// when it does, as many as there can be, because DRM has one pending flip for each CRTC.
+/// Sixteen outputs flip, a thousand buffers and more come and go, and an output changes while the guest goes down, four times: up to
+/// 16 flips each time, as many as there can be, because DRM has one pending flip for each CRTC. How much of it is under way when it is
+/// the driver's turn is a matter of luck here, where the host answers at once, and of [`in_flight`].
 fn busy(case: &mut Case) -> Result<()> {
     const SIZE: (u16, u16) = (640, 480);
     const CYCLES: u32 = 4;
@@ -202,6 +214,7 @@ fn busy(case: &mut Case) -> Result<()> {
     };
     let other = |cycle| (800, 600 + 8 * cycle as u16);
     let vm = case.boot(&Machine {
+        cpus: 4,
         windows: heads,
         ..Machine::with_gpu(&format!("virtio-gpu-pci,max_outputs={heads}"))
     })?;
@@ -248,8 +261,124 @@ fn busy(case: &mut Case) -> Result<()> {
     Ok(())
 }
 
-/// The ring is full, with clients waiting for room in it, when the guest is told to go down.
-fn full_ring(case: &mut Case) -> Result<()> {
+/// Sends the guest to sleep and wakes it up, and has the host give the answers that it has kept back since [`HOLDS`] when the driver has
+/// been told to suspend. Returns the record.
+fn down_unanswered(vm: &mut Vm, sleep: Sleep) -> Result<Vec<Entry>> {
+    let mut answered = 0;
+    sleep.cycle_with(vm, |vm| {
+        let host = vm.host()?;
+        host.mark(DOWN)?;
+        answered = host.answer_now()?;
+        Ok(())
+    })?;
+    let record = vm.host()?.record()?;
+    let count = kept_back(after_mark(&record, HOLDS)?).count();
+    ensure!(
+        answered == count,
+        "{answered} of {count} commands were unanswered when the driver was told to suspend"
+    );
+    Ok(record)
+}
+
+/// Returns the commands in a part of the record whose answers the host has kept back.
+fn kept_back(record: &[Entry]) -> impl Iterator<Item = &Entry> {
+    commands(record).filter(|entry| entry.fault.is_some())
+}
+
+/// Returns what is between the last marks [`HOLDS`] and [`DOWN`].
+fn going_down(record: &[Entry]) -> Result<&[Entry]> {
+    let after = after_mark(record, HOLDS)?;
+    let rest = after_mark(record, DOWN)?.len();
+    Ok(&after[..after.len().saturating_sub(rest)])
+}
+
+/// Sixteen outputs flip, and the host has not answered 64 flips, 250 buffers that came and as many that went, and has not said what an
+/// output has changed to, when the driver is told to suspend.
+fn in_flight(case: &mut Case) -> Result<()> {
+    const HEADS: usize = 16;
+    const SIZE: (u32, u32) = (320, 240);
+    const RING: usize = 1024;
+    const FLIPS: usize = 4 * HEADS;
+    const BUFFERS: usize = 250;
+    const CHANGED: usize = 1;
+    let other = |cycle: u8| (400, 300 + 20 * u32::from(cycle));
+    let machine = Machine::on_reference_host(&["--display", "320x240"].repeat(HEADS));
+    let vm = case.boot(&Machine {
+        devices: vec![format!("{},id={GPU}", reference_with("vq_size", RING))],
+        // No console, whose search for modes takes long with so many outputs.
+        append: "drm_client_lib.active=".into(),
+        ..machine
+    })?;
+    let client = Client::start(vm, 0, &[SIZE; HEADS])?;
+    for (cycle, sleep) in (0..).zip([Sleep::S3, Sleep::Idle]) {
+        let count = BUFFERS.to_string();
+        let hold = ["virtgpu-guest", "hold", &count];
+        let mark = vm.mark();
+        let going = vm.start_program(&hold)?;
+        vm.wait_line(going, "holding", mark)?;
+        let seeds = client.start_flips(vm)?;
+
+        let host = vm.host()?;
+        host.control("reset-counters")?;
+        host.mark(HOLDS)?;
+        host.hold("RESOURCE_CREATE_2D")?;
+        host.hold("RESOURCE_UNREF")?;
+        host.hold("GET_DISPLAY_INFO")?;
+        let mark = vm.mark();
+        let coming = vm.start_program(&hold)?;
+        vm.wait_line(coming, "holding", mark)?;
+        vm.say(going, "release")?;
+        vm.wait_line(going, "released", mark)?;
+        let host = vm.host()?;
+        let (width, height) = other(cycle);
+        host.control(&format!("hotplug {CHANGED} {width}x{height}"))?;
+        host.wait_faults(2 * BUFFERS + 1)?;
+        host.hold("TRANSFER_TO_HOST_2D")?;
+        host.wait_faults(2 * BUFFERS + 1 + FLIPS)?;
+        let mark = vm.mark();
+        let record = down_unanswered(vm, sleep)?;
+        vm.wait_console("resumed, the host kept its resources", mark)?;
+
+        let going_down = going_down(&record)?;
+        for (name, expected) in [
+            ("RESOURCE_CREATE_2D", BUFFERS..=BUFFERS),
+            ("RESOURCE_UNREF", BUFFERS..=BUFFERS),
+            ("GET_DISPLAY_INFO", 1..=1),
+            ("TRANSFER_TO_HOST_2D", FLIPS..=RING),
+        ] {
+            let count = kept_back(going_down)
+                .filter(|entry| entry.command == name)
+                .count();
+            ensure!(
+                expected.contains(&count),
+                "{count} of {name} were unanswered when the driver was told to suspend"
+            );
+        }
+        client.expect_flips(vm, seeds)?;
+        client.stop_flips(vm)?;
+        for holder in [going, coming] {
+            vm.hang_up(holder)?;
+            vm.wait_end(holder)?;
+        }
+        client.draw(vm, cycle + 1)?;
+    }
+    client.end(vm)?;
+    let card = vm.card()?;
+    let preferred = card.outputs[CHANGED]
+        .modes
+        .iter()
+        .find(|mode| mode.preferred);
+    let size = preferred.map(|mode| (mode.width, mode.height));
+    ensure!(
+        size == Some(other(1)),
+        "{} prefers {size:?}",
+        card.outputs[CHANGED].name
+    );
+    Ok(())
+}
+
+/// The ring is full, with clients waiting for room in it, when the guest is told to go down. They cannot be frozen before they have it.
+fn waiting_clients(case: &mut Case) -> Result<()> {
     const SIZE: (u32, u32) = (1024, 768);
     const RING: usize = 16;
     let machine = Machine::on_reference_host(&["--freezing", "off"]);
@@ -272,12 +401,12 @@ fn full_ring(case: &mut Case) -> Result<()> {
         host.control("reset-counters")?;
         host.control("fault RESOURCE_UNREF: answer after 2 s")?;
         host.wait_faults(RING)?;
-        host.mark("down")?;
+        host.mark(DOWN)?;
         sleep.cycle(vm)?;
         let host = vm.host()?;
         host.control("clear")?;
         let record = host.record()?;
-        let mut after = after_mark(&record, "down")?.iter();
+        let mut after = after_mark(&record, DOWN)?.iter();
         let next = after.find(|entry| ["command", "interrupt"].contains(&entry.event.as_str()));
         let next = next.context("nothing happened any more")?;
         ensure!(
@@ -292,6 +421,61 @@ fn full_ring(case: &mut Case) -> Result<()> {
             vm.wait_end(churner)?;
         }
         client.expect(vm, seed - 1)?;
+        client.draw(vm, seed)?;
+    }
+    client.end(vm)
+}
+
+/// The ring is full of commands that nobody waits for, and a flip waits for room in it, when the driver is told to suspend.
+fn full_ring(case: &mut Case) -> Result<()> {
+    const SIZE: (u32, u32) = (1024, 768);
+    const RING: usize = 16;
+    let machine = Machine::on_reference_host(&["--freezing", "off"]);
+    let vm = case.boot(&Machine {
+        devices: vec![format!("{},id={GPU}", reference_with("vq_size", RING))],
+        ..machine
+    })?;
+    let client = Client::start(vm, 0, &[SIZE])?;
+    for (seed, sleep) in (1..).zip([Sleep::S3, Sleep::Idle]) {
+        let mark = vm.mark();
+        let holder = vm.start_program(&["virtgpu-guest", "hold", &RING.to_string()])?;
+        vm.wait_line(holder, "holding", mark)?;
+        let seeds = client.start_flips(vm)?;
+        let host = vm.host()?;
+        host.control("reset-counters")?;
+        host.mark(HOLDS)?;
+        host.hold("RESOURCE_UNREF")?;
+        vm.say(holder, "release")?;
+        vm.host()?.wait_faults(RING)?;
+        let record = down_unanswered(vm, sleep)?;
+
+        let count = kept_back(going_down(&record)?).count();
+        ensure!(
+            count == RING,
+            "{count} of {RING} places in the ring were taken"
+        );
+        let after = after_mark(&record, DOWN)?;
+        let mut next = after
+            .iter()
+            .filter(|entry| ["command", "interrupt"].contains(&entry.event.as_str()));
+        let first = next.next().context("nothing happened any more")?;
+        ensure!(
+            first.event == "interrupt",
+            "there was room for {} before the host had answered anything",
+            first.command
+        );
+        let off = commands(after)
+            .position(|entry| entry.command == "SET_SCANOUT" && entry.args["resource_id"] == 0);
+        let flip = commands(after).position(|entry| entry.command == "TRANSFER_TO_HOST_2D");
+        let waited = matches!((flip, off), (Some(flip), Some(off)) if flip < off);
+        ensure!(
+            waited,
+            "no flip has waited for room: command {flip:?} was one, and {off:?} turned the display off"
+        );
+        client.expect_flips(vm, seeds)?;
+        client.stop_flips(vm)?;
+        vm.hang_up(holder)?;
+        vm.wait_end(holder)?;
         client.draw(vm, seed)?;
     }
     client.end(vm)
