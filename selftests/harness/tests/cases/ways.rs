@@ -40,7 +40,15 @@ pub fn trials() -> Vec<Trial> {
     vec![
         trial("ways::pm_test", pm_test),
         trial("ways::back_to_back", back_to_back),
-        trial("ways::aborted", aborted),
+        trial("ways::aborted", |case| {
+            let machine = Machine::with_gpu("virtio-gpu-pci");
+            let outcomes = [
+                "resumed, the host kept its resources",
+                "resources recovered",
+            ];
+            aborted(case, &machine, SIZE, outcomes, |_, _| Ok(()))
+        }),
+        trial("ways::aborted_kept", aborted_kept),
         trial("ways::before_any_modeset", before_any_modeset),
         trial("ways::many_buffers", many_buffers),
         trial("ways::busy", busy),
@@ -102,44 +110,56 @@ fn back_to_back(case: &mut Case) -> Result<()> {
     client.end(vm)
 }
 
-/// Another driver refuses to suspend when ours has suspended already, and what ours did is undone.
+/// Another driver refuses to suspend when ours has suspended already, and what ours did is undone, while a client flips.
 ///
 /// It is the kernel's alarm timer, for an alarm that is about to go off. Devices are suspended in the order in which they came, the
 /// last one first, so ours is made to come last: first only as a virtio device, whose transport is not touched then, and then as a
-/// PCI function, which is reset.
-fn aborted(case: &mut Case) -> Result<()> {
+/// PCI function, which is reset. `outcomes` is what the driver says of each; then `check` is called, and told whether it was reset.
+fn aborted(
+    case: &mut Case,
+    machine: &Machine,
+    size: (u32, u32),
+    outcomes: [&str; 2],
+    check: impl Fn(&Vm, bool) -> Result<()>,
+) -> Result<()> {
     const PCI: &str = "/sys/bus/pci";
-    let vm = case.boot(&Machine::with_gpu("virtio-gpu-pci"))?;
+    let vm = case.boot(machine)?;
     // One after the other.
     vm.run("echo 0 > /sys/power/pm_async && echo deep > /sys/power/mem_sleep")?;
     let function = vm.run("basename $(dirname $(readlink -f /sys/bus/virtio/devices/virtio0))")?;
     let function = function.trim();
-    for (seed, anew, outcome) in [
+    for (seed, anew, outcome, reset) in [
         (
             10,
             format!(
                 "echo {function} > {PCI}/drivers/virtio-pci/unbind && echo {function} > {PCI}/drivers/virtio-pci/bind"
             ),
-            "resumed, the host kept its resources",
+            outcomes[0],
+            false,
         ),
         (
             20,
             format!("echo 1 > {PCI}/devices/{function}/remove && echo 1 > {PCI}/rescan"),
-            "resources recovered",
+            outcomes[1],
+            true,
         ),
     ] {
         vm.run(&anew)?;
-        let client = Client::start(vm, seed, &[SIZE])?;
+        let client = Client::start(vm, seed, &[size])?;
         for round in 1..=2 {
             let mark = vm.mark();
             let alarm = vm.start_program(&["virtgpu-guest", "alarm"])?;
             vm.wait_line(alarm, "armed", mark)?;
             let seeds = client.start_flips(vm)?;
+            if let Some(host) = &vm.host {
+                host.mark(DOWN)?;
+            }
             let mark = vm.mark();
             let output = vm.try_run("echo mem > /sys/power/state")?;
             ensure!(output.code != 0, "the guest slept, whatever the alarm");
             vm.wait_console("alarmtimer", mark)?;
             vm.wait_console(outcome, mark)?;
+            check(vm, reset)?;
             client.expect_flips(vm, seeds)?;
             client.stop_flips(vm)?;
             client.draw(vm, seed + round)?;
@@ -152,6 +172,32 @@ fn aborted(case: &mut Case) -> Result<()> {
         client.end(vm)?;
     }
     Ok(())
+}
+
+/// The same on a host that has been asked to keep everything, and was told in vain.
+fn aborted_kept(case: &mut Case) -> Result<()> {
+    const KEPT: &str = "resumed, the host kept its resources";
+    let machine = Machine::on_reference_host(&[]);
+    aborted(case, &machine, (1024, 768), [KEPT, KEPT], |vm, reset| {
+        let record = vm.host()?.record()?;
+        let after = after_mark(&record, DOWN)?;
+        let told: Vec<_> = commands(after)
+            .filter(|entry| entry.command == "STATUS_FREEZING")
+            .map(|entry| &entry.args["freezing"])
+            .collect();
+        ensure!(told == [1, 0], "FREEZING was said to be {told:?}");
+        let kept: Vec<_> = after
+            .iter()
+            .filter(|entry| entry.event == "reset")
+            .map(|entry| &entry.more["kept"])
+            .collect();
+        let expected = if reset { &[true][..] } else { &[] };
+        ensure!(
+            kept == expected,
+            "the device was reset, and the host kept its resources: {kept:?}"
+        );
+        Ok(())
+    })
 }
 
 /// There has been nothing on the screen yet, and nobody has the card open.
@@ -483,8 +529,9 @@ fn full_ring(case: &mut Case) -> Result<()> {
 
 /// There is nothing to show a picture on, and nothing to turn off.
 fn without_scanouts(case: &mut Case) -> Result<()> {
+    const ROUNDS: usize = 2;
     let vm = case.boot(&Machine::on_reference_host(&["--display", "none"]))?;
-    for round in 0..2 {
+    for round in 0..ROUNDS {
         let mark = vm.mark();
         let churner = vm.start_program(&["virtgpu-guest", "churn"])?;
         vm.wait_line(churner, "churning", mark)?;
@@ -499,5 +546,13 @@ fn without_scanouts(case: &mut Case) -> Result<()> {
         vm.run("echo virtio0 > /sys/bus/virtio/drivers/virtio_gpu/unbind")?;
         vm.run("echo virtio0 > /sys/bus/virtio/drivers/virtio_gpu/bind")?;
     }
+    let log = vm.run("dmesg")?;
+    let disabled = log.lines().filter(|line| line.ends_with("KMS disabled"));
+    let count = disabled.count();
+    ensure!(
+        count == 1 + ROUNDS,
+        "{count} of {} times the driver found no scanouts",
+        1 + ROUNDS
+    );
     Ok(())
 }
