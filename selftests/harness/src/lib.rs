@@ -12,6 +12,7 @@ pub mod host;
 pub mod initramfs;
 pub mod kernel;
 pub mod logs;
+pub mod removal;
 pub mod screen;
 pub mod suspend;
 pub mod trace;

@@ -193,6 +193,9 @@ pub fn test(vm: &mut Vm, state: &str, level: &str) -> Result<bool> {
     Ok(output.code == 0)
 }
 
+/// Suspends and resumes the devices, for a shell.
+pub const DEVICES: &str = "echo devices > /sys/power/pm_test && echo mem > /sys/power/state";
+
 /// Suspends and resumes the devices only, without a sleep.
 pub fn test_devices(vm: &mut Vm) -> Result<()> {
     ensure!(

@@ -67,6 +67,7 @@ use crate::host::{
 use crate::initramfs;
 use crate::kernel::Kernel;
 use crate::logs;
+use crate::removal;
 use crate::vnc::Window;
 
 /// How long a guest may take to its shell. It takes 3 s on an idle machine, and a machine may be busy.
@@ -112,6 +113,9 @@ pub(crate) const FIRST_CONSOLE: &str = "console-first.log";
 /// Name of the gdb stub's socket.
 const DEBUGGER: &str = "gdb";
 
+/// Name of the test protocol's socket.
+const BUS: &str = "bus";
+
 /// A machine to boot.
 #[derive(Clone)]
 pub struct Machine {
@@ -132,6 +136,8 @@ pub struct Machine {
     pub windows: u32,
     /// Whether a [`crate::debugger::Debugger`] can halt the guest.
     pub debugger: bool,
+    /// Whether the GPU can vanish, see [`crate::removal`].
+    pub removable: bool,
     /// Whether there is a disk to swap and hibernate to, of this many MiB.
     pub swap: Option<u32>,
     /// More programs, which come with their libraries, and other files for the guest's `/bin`.
@@ -153,6 +159,7 @@ impl Machine {
             append: String::new(),
             windows: 0,
             debugger: false,
+            removable: false,
             swap: None,
             programs: Vec::new(),
             arguments: Vec::new(),
@@ -264,6 +271,23 @@ impl Machine {
         }
         for device in &self.devices {
             add("-device", device.clone());
+        }
+        if self.removable {
+            let path = dir.join("ones");
+            fs::write(&path, vec![u8::MAX; removal::ONES_SIZE as usize])?;
+            add(
+                "-object",
+                format!(
+                    "memory-backend-file,id=ones,mem-path={},size={},share=on,readonly=on,rom=on",
+                    path.display(),
+                    removal::ONES_SIZE
+                ),
+            );
+            let (slot, function) = removal::ONES_PLACE;
+            add(
+                "-device",
+                format!("ivshmem-plain,memdev=ones,addr={slot:x}.{function}"),
+            );
         }
         if let Some(size) = self.swap {
             // The disk outlives a guest that starts again.
@@ -423,6 +447,12 @@ impl Vm {
             let path = socket(DEBUGGER);
             arguments.push("-gdb".into());
             arguments.push(format!("unix:{},server=on,wait=off", path.display()));
+        }
+        if machine.removable {
+            let path = socket(BUS);
+            arguments.push("-qtest".into());
+            arguments.push(format!("unix:{},server=on,wait=off", path.display()));
+            arguments.extend(["-qtest-log", "none"].map(String::from));
         }
         let mut qemu = Command::new("qemu-system-x86_64")
             .args(&arguments)
@@ -823,6 +853,12 @@ impl Vm {
     pub fn debugger(&self) -> Result<PathBuf> {
         ensure!(self.machine.debugger, "the machine has no debugger");
         Ok(self.sockets.path().join(DEBUGGER))
+    }
+
+    /// Path of the test protocol's socket.
+    pub(crate) fn bus(&self) -> Result<PathBuf> {
+        ensure!(self.machine.removable, "the machine's GPU cannot vanish");
+        Ok(self.sockets.path().join(BUS))
     }
 
     /// Returns the card as the guest sees it.

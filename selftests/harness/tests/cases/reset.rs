@@ -15,7 +15,10 @@ use virtgpu_lab::case::{
 use virtgpu_lab::client::Client;
 use virtgpu_lab::debugger::Debugger;
 use virtgpu_lab::screen;
-use virtgpu_lab::suspend::Sleep;
+use virtgpu_lab::suspend::{
+    self,
+    Sleep, //
+};
 use virtgpu_lab::vm::{
     GPU,
     LIMIT,
@@ -393,7 +396,7 @@ fn failed_restore(case: &mut Case) -> Result<()> {
     for time in 1..=TIMES {
         let mut debugger = Debugger::halt(vm)?;
         let mark = vm.mark();
-        let writer = vm.start_program(&["sh", "-c", SLEEP])?;
+        let writer = vm.start_program(&["sh", "-c", suspend::DEVICES])?;
         debugger.return_from("virtio_device_restore", -5)?;
         debugger.go()?;
         vm.wait_end(writer)?;
@@ -420,7 +423,7 @@ fn failed_memory(case: &mut Case) -> Result<()> {
     for time in 1..=TIMES {
         let mut debugger = Debugger::halt(vm)?;
         let mark = vm.mark();
-        let writer = vm.start_program(&["sh", "-c", SLEEP])?;
+        let writer = vm.start_program(&["sh", "-c", suspend::DEVICES])?;
         // What is on the screen is created, but not given its backing. Then it is the turn of each resource.
         debugger.run_until("virtio_device_restore")?;
         debugger.run_until("virtqueue_add_sgs")?;
@@ -476,9 +479,6 @@ fn always_broken(case: &mut Case) -> Result<()> {
 fn control(vm: &Vm, line: &str) -> Result<()> {
     vm.host()?.control(line).map(drop)
 }
-
-/// Suspends and resumes the devices.
-const SLEEP: &str = "echo devices > /sys/power/pm_test && echo mem > /sys/power/state";
 
 const RESET: &str = "cd /sys/class/drm/card0/device && echo flr > reset_method && echo 1 > reset";
 

@@ -20,7 +20,11 @@ use virtgpu_lab::client::Client;
 use virtgpu_lab::console::Console;
 use virtgpu_lab::debugger::Debugger;
 use virtgpu_lab::initramfs;
-use virtgpu_lab::suspend::Sleep;
+use virtgpu_lab::removal;
+use virtgpu_lab::suspend::{
+    self,
+    Sleep, //
+};
 use virtgpu_lab::vm::{
     GPU,
     Machine,
@@ -52,6 +56,10 @@ pub fn trials() -> Vec<Trial> {
         trial("unplug::device_drawing", device_drawing),
         trial("unplug::device_asleep", device_asleep),
         trial("unplug::unanswered", unanswered),
+        trial("unplug::surprise", surprise),
+        trial("unplug::surprise_asleep", surprise_asleep),
+        trial("unplug::surprise_on_the_way", surprise_on_the_way),
+        trial("unplug::never_reset", never_reset),
         trial("unplug::shutdown_is_quiet", shutdown_is_quiet),
         trial("unplug::kexec", kexec),
     ]
@@ -365,6 +373,186 @@ fn unanswered(case: &mut Case) -> Result<()> {
         show_something(vm, 10 * round + 2, HOST_SIZE)?;
     }
     Ok(())
+}
+
+/// A machine whose GPU, that of the reference host, can be pulled out: the guest is not asked, and reads all ones from then on.
+fn removable(device: &str) -> Machine {
+    let mut machine = pluggable(device);
+    machine.devices[0] += &format!(",{}", removal::PORT_PROPERTIES);
+    Machine {
+        removable: true,
+        ..machine
+    }
+}
+
+/// What the kernel says of a device that it finds gone.
+const PULLED: &str = "Card not present";
+
+/// What it says of a device that does not finish a reset.
+const STUCK: &str = "device does not reset, taking away its bus mastering";
+
+/// What the driver says of a device that is gone when it wants it back.
+const LOST: &str = "*ERROR* the device did not come back";
+
+/// Has the device pulled out by `act`, and waits until the guest has no card any more.
+fn until_pulled(vm: &mut Vm, act: impl FnOnce(&mut Vm) -> Result<()>) -> Result<()> {
+    let mark = vm.mark();
+    vm.until_uevent("/drm/card", "ACTION=remove", act)?;
+    vm.wait_console(PULLED, mark)
+}
+
+/// The device is pulled out while one client flips, one has buffers come and go, and others hold some. They are told at once.
+fn surprise(case: &mut Case) -> Result<()> {
+    let vm = case.boot(&removable(REFERENCE))?;
+    for round in 0..2 {
+        let client = Client::start(vm, 10 * round, &[HOST_SIZE])?;
+        let (one, other) = (Holder::start(vm)?, Holder::start(vm)?);
+        let mark = vm.mark();
+        let churner = vm.start_program(&["virtgpu-guest", "churn"])?;
+        vm.wait_line(churner, "churning", mark)?;
+        client.start_flips(vm)?;
+        until_pulled(vm, removal::pull)?;
+        client.expect_gone(vm)?;
+        let output = vm.wait_end(churner)?;
+        ensure!(
+            output.code != 0 && output.err.contains("No such device"),
+            "who has buffers come and go ended with {}: {}",
+            output.code,
+            output.err
+        );
+        one.check(vm)?;
+        one.release(vm)?;
+        removal::plug(vm)?;
+        other.check(vm)?;
+        show_something(vm, 10 * round + 2, HOST_SIZE)?;
+        Sleep::Idle.cycle(vm)?;
+        show_something(vm, 10 * round + 4, HOST_SIZE)?;
+        other.kill(vm)?;
+    }
+    Ok(())
+}
+
+/// The device is pulled out while the guest sleeps.
+fn surprise_asleep(case: &mut Case) -> Result<()> {
+    case.expect_in_log(LOST);
+    let vm = case.boot(&removable(REFERENCE))?;
+    for round in 0..2 {
+        let client = Client::start(vm, 10 * round, &[HOST_SIZE])?;
+        let holder = Holder::start(vm)?;
+        client.start_flips(vm)?;
+        until_pulled(vm, |vm| {
+            let sleeper = Sleep::Idle.begin(vm)?;
+            removal::pull(vm)?;
+            sleeper.wake(vm)
+        })?;
+        client.expect_gone(vm)?;
+        holder.check(vm)?;
+        holder.release(vm)?;
+        removal::plug(vm)?;
+        show_something(vm, 10 * round + 2, HOST_SIZE)?;
+    }
+    Ok(())
+}
+
+/// The device is pulled out when the guest comes to a function of its kernel on its way to sleep or back.
+fn surprise_on_the_way(case: &mut Case) -> Result<()> {
+    const MOMENTS: [&str; 3] = [
+        // The driver is about to turn the display off, which it does first.
+        "drm_atomic_helper_suspend",
+        // It has done what it has to tell the host, and the device is about to be reset.
+        "virtio_device_freeze",
+        "virtio_device_restore",
+    ];
+    case.expect_in_log(LOST);
+    let vm = case.boot(&Machine {
+        debugger: true,
+        ..removable(REFERENCE)
+    })?;
+    for (seed, moment) in (0..).zip(MOMENTS) {
+        let client = Client::start(vm, 10 * seed, &[HOST_SIZE])?;
+        let holder = Holder::start(vm)?;
+        client.start_flips(vm)?;
+        let pulled = until_pulled(vm, |vm| {
+            let mut debugger = Debugger::halt(vm)?;
+            let sleeper = vm.start_program(&["sh", "-c", suspend::DEVICES])?;
+            debugger.run_until(moment)?;
+            removal::pull(vm)?;
+            debugger.go()?;
+            vm.wait_end(sleeper).map(drop)
+        });
+        pulled.with_context(|| format!("at {moment}"))?;
+        client.expect_gone(vm)?;
+        holder.check(vm)?;
+        holder.release(vm)?;
+        removal::plug(vm)?;
+        show_something(vm, 10 * seed + 2, HOST_SIZE)?;
+    }
+    Ok(())
+}
+
+/// Expects that the kernel has said something so many times in all.
+fn expect_said(vm: &mut Vm, text: &str, times: u32) -> Result<()> {
+    let said = vm.run(&format!("dmesg | grep -cF '{text}' || true"))?;
+    let said: u32 = said.trim().parse()?;
+    ensure!(
+        said == times,
+        "'{text}' was said {said} times instead of {times}"
+    );
+    Ok(())
+}
+
+/// Has the PCI driver let go of the GPU, and take it again.
+const UNBIND_FUNCTION: &str = "echo 0000:01:00.0 > /sys/bus/pci/drivers/virtio-pci/unbind";
+const BIND_FUNCTION: &str = "echo 0000:01:00.0 > /sys/bus/pci/drivers/virtio-pci/bind";
+
+/// A device never finishes a reset: when the driver is unbound, when the guest goes to sleep and wakes up, and when the device is
+/// probed. All of that ends, and says why; and when the device has come to its senses, all is as before.
+fn never_reset(case: &mut Case) -> Result<()> {
+    const UNHEARD: &str = "*ERROR* the host does not answer, suspending all the same";
+    const UNREAD: &str = "config space is missing or too short";
+    for text in [LOST, UNHEARD, UNREAD] {
+        case.expect_in_log(text);
+    }
+    let vm = case.boot(&removable(REFERENCE))?;
+
+    let client = Client::start(vm, 0, &[HOST_SIZE])?;
+    client.start_flips(vm)?;
+    removal::cover(vm)?;
+    vm.run(UNBIND)?;
+    expect_said(vm, STUCK, 1)?;
+    client.expect_gone(vm)?;
+    let output = vm.try_run(BIND)?;
+    ensure!(output.code != 0, "a dead device was bound");
+    expect_said(vm, UNREAD, 1)?;
+    removal::uncover(vm)?;
+    vm.run(UNBIND_FUNCTION)?;
+    vm.run(BIND_FUNCTION)?;
+    expect_said(vm, STUCK, 1)?;
+    show_something(vm, 10, HOST_SIZE)?;
+
+    let client = Client::start(vm, 20, &[HOST_SIZE])?;
+    removal::cover(vm)?;
+    suspend::test_devices(vm)?;
+    // On the way down and on the way back.
+    expect_said(vm, STUCK, 3)?;
+    expect_said(vm, LOST, 1)?;
+    removal::uncover(vm)?;
+    suspend::test_devices(vm)?;
+    client.expect(vm, 20)?;
+    client.draw(vm, 21)?;
+    client.end(vm)?;
+
+    vm.run(UNBIND_FUNCTION)?;
+    removal::cover(vm)?;
+    vm.run(BIND_FUNCTION)?;
+    expect_said(vm, STUCK, 4)?;
+    expect_said(vm, UNREAD, 2)?;
+    vm.run("! [ -e /dev/dri/card0 ]")?;
+    removal::uncover(vm)?;
+    vm.run(UNBIND_FUNCTION)?;
+    vm.run(BIND_FUNCTION)?;
+    expect_said(vm, STUCK, 4)?;
+    show_something(vm, 30, HOST_SIZE)
 }
 
 /// Returns what the driver last wrote to the status register of the machine's only virtio device.
