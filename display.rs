@@ -5,7 +5,6 @@
 //! A commit queues commands, and the host is told of all of them at once at its end.
 //! Nothing here waits for an answer but [`refresh`].
 
-use core::mem::size_of;
 use kernel::{
     drm::{
         self,
@@ -262,7 +261,7 @@ impl<'a> Picture<'a> {
         )
     }
 
-    /// Returns nothing for a framebuffer that has not been [checked](Self::check), or was refused.
+    /// The framebuffer has been [checked](Self::check). One that cannot have been gives nothing.
     fn new(fb: &'a Framebuffer<DrmDriver>) -> Option<Self> {
         let FramebufferPlane {
             object,

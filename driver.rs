@@ -156,6 +156,7 @@ impl drm::Driver for DrmDriver {
     const FEAT_RENDER: bool = true;
     const FEAT_MODESET: bool = true;
     const FEAT_SYNCOBJ: bool = true;
+    const HUGE_PAGES: bool = true;
     const IOCTLS: &'static [drm::ioctl::DrmIoctlDescriptor] = &[];
 }
 
@@ -240,9 +241,6 @@ impl virtio::Driver for VirtioDriver {
                 parent,
                 Gpu::new(queue.clone(), features)?,
             )?;
-
-            // Small pages will do as well.
-            let _ = drm.use_huge_pages();
 
             if drm.has_display() {
                 display::init(&drm)?;

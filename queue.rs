@@ -133,9 +133,6 @@ pub(crate) struct QueueState {
     /// Somebody waited in vain for room, and nothing has come back since. Spares the others the
     /// same wait.
     stalled: bool,
-    /// Somebody waited in vain before the gate, and neither has anything come back since nor has the
-    /// gate moved. Spares the others, and the rest of a commit, the same wait.
-    late: bool,
     /// There may be something in [`Engine::limbo`] that the host can be told when there is room.
     owing: bool,
     /// The device has not been reset since its queues were found: it may access what it was given.
@@ -155,23 +152,13 @@ impl QueueState {
     ///
     /// Errors: [`ETIMEDOUT`].
     fn may_wait(&mut self, full: bool, left: Jiffies) -> Result {
-        let in_vain = if full {
-            &mut self.stalled
-        } else {
-            &mut self.late
-        };
-
-        *in_vain |= left == 0;
-        if *in_vain {
+        if full {
+            self.stalled |= left == 0;
+        }
+        if left == 0 || full && self.stalled {
             return Err(ETIMEDOUT);
         }
         Ok(())
-    }
-
-    /// Somebody who waits may have better luck now.
-    fn moved(&mut self) {
-        self.stalled = false;
-        self.late = false;
     }
 }
 
@@ -539,7 +526,7 @@ fn dequeue(queues: &Arc<Virtqueues<Engine, NUM_QUEUES>>, index: usize) {
 
             progress = true;
             state.returned = state.returned.wrapping_add(1);
-            state.moved();
+            state.stalled = false;
             if state.sleepers > 0 {
                 engine.moved.notify_all();
             }
@@ -635,7 +622,6 @@ impl Queue {
             sleepers: 0,
             returned: 0,
             stalled: false,
-            late: false,
             owing: false,
             exposed: false,
         };
@@ -828,7 +814,7 @@ impl Queue {
 
             if state.gate.may_become(gate) {
                 state.gate = gate;
-                state.moved();
+                state.stalled = false;
             }
         }
         self.0.handler().moved.notify_all();
@@ -858,6 +844,8 @@ impl Queue {
         tally: Option<&Arc<Tally>>,
         who: Who,
     ) -> Result {
+        const { assert!(C::ANSWER_LEN <= virtio::queue::RESPONSE_INLINE) };
+
         self.submit_bytes(
             command.as_bytes(),
             None,
@@ -879,6 +867,8 @@ impl Queue {
         tally: Option<&Arc<Tally>>,
         who: Who,
     ) -> Result {
+        const { assert!(C::ANSWER_LEN <= virtio::queue::RESPONSE_INLINE) };
+
         self.submit_bytes(
             command.as_bytes(),
             payload,
@@ -939,7 +929,7 @@ impl Queue {
                 *left = Some(msecs_to_jiffies(TIMEOUT_MS));
                 // The host may not have been told of what fills the ring. Once: whether it wants to
                 // be told does not depend on whether there is anything new, without event index.
-                if guard.kick_prepare() {
+                if full && guard.kick_prepare() {
                     drop(guard);
                     self.0.notify(CTRL);
                     return Ok(self.0.lock(CTRL));

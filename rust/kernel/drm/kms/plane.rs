@@ -14,7 +14,6 @@ use crate::{
     bindings,
     drm,
     error::{
-        from_err_ptr,
         from_result,
         to_result, //
     },
