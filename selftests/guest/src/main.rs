@@ -8,6 +8,7 @@ mod buffers;
 mod card;
 mod checks;
 mod client;
+mod fbdev;
 mod ktap;
 mod shortage;
 mod uevents;
@@ -77,6 +78,10 @@ enum What {
         /// How many.
         count: usize,
     },
+    /// Draw through a mapping of /dev/fb0, as standard input says.
+    ///
+    /// `line NUMBER BYTE` fills a line of it, and is answered with a line.
+    Paint,
     /// Create a buffer of this size, such as 1024x768, and destroy it; print what became of it.
     Create {
         #[arg(value_parser = parse_size)]
@@ -123,6 +128,7 @@ fn main() -> Result<ExitCode> {
         What::Client { seed, mode } => client::serve(Card::open()?, seed, mode)?,
         What::Churn { enough } => buffers::churn(&Card::open()?, enough)?,
         What::Hold { count } => buffers::hold(&Card::open()?, count)?,
+        What::Paint => fbdev::paint()?,
         What::Create { size } => buffers::create(&Card::open()?, size)?,
         What::Short { nth, act } => act.run(nth)?,
         What::Scattered { size } => shortage::create_scattered(&Card::open()?, size)?,

@@ -52,6 +52,7 @@ pub fn trials() -> Vec<Trial> {
         trial("display::dirty_rectangle", dirty_rectangle),
         trial("display::console", console),
         trial("display::console_returns", console_returns),
+        trial("display::framebuffer_device", framebuffer_device),
         trial("display::two_outputs", two_outputs),
     ];
     modes.chain(others).collect()
@@ -178,6 +179,32 @@ fn console(case: &mut Case) -> Result<()> {
     let mut console = Console::new(vm, 1)?;
     console.write(vm, 3, "The quick brown fox jumps over the lazy dog.")?;
     console.write(vm, 49, "The last line.")
+}
+
+/// A program draws through a mapping of /dev/fb0: each page is noticed, one after the other and again, whatever else lies in the same
+/// huge page.
+fn framebuffer_device(case: &mut Case) -> Result<()> {
+    const COLOUR: u8 = 0x60;
+    let vm = case.boot(&Machine::with_gpu("virtio-gpu-pci"))?;
+    let mut console = Console::new(vm, 1)?;
+    console.write(vm, 3, "The quick brown fox jumps over the lazy dog.")?;
+    let mut expected = screen::dump(vm, 0)?;
+    let mark = vm.mark();
+    let painter = vm.start_program(&["virtgpu-guest", "paint"])?;
+    vm.wait_line(painter, "mapped", mark)?;
+    // The first one twice: its page has been seen by then, and is watched again.
+    for (line, grey) in [(0, 1), (0, COLOUR), (1, COLOUR), (101, COLOUR), (799, COLOUR)] {
+        let mark = vm.mark();
+        vm.say(painter, &format!("line {line} {grey}"))?;
+        vm.wait_line(painter, "filled", mark)?;
+        for x in 0..PREFERRED.0 {
+            expected.put_pixel(x, line, Rgb([grey; 3]));
+        }
+        screen::expect(vm, 0, "what was drawn through the mapping", &expected)?;
+    }
+    vm.hang_up(painter)?;
+    vm.wait_end(painter)?;
+    Ok(())
 }
 
 /// A client takes the screen from the console, and leaves it to the console again.
