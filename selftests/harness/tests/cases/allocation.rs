@@ -26,6 +26,7 @@ use virtgpu_lab::vm::{
 };
 
 use crate::faults::unload;
+use crate::freezing::resources;
 
 /// What the device offers first, and what the reference host is told to.
 const SIZE: (u32, u32) = (1280, 800);
@@ -123,6 +124,7 @@ fn function(name: &str) -> Result<(u64, u64)> {
 }
 
 /// What came of something.
+#[derive(Debug)]
 struct Tried {
     /// There was the allocation that was to fail.
     failed: bool,
@@ -136,6 +138,16 @@ impl Tried {
             failed: failed.parse()?,
             error: (outcome != "ok").then(|| outcome.to_owned()),
         })
+    }
+
+    /// Expects that nothing has gone wrong if no allocation failed.
+    fn expect_reason(&self) -> Result<()> {
+        ensure!(
+            self.failed || self.error.is_none(),
+            "without a failure: {:?}",
+            self.error
+        );
+        Ok(())
     }
 }
 
@@ -226,7 +238,7 @@ fn modeset(case: &mut Case) -> Result<()> {
     unload(vm)
 }
 
-/// A buffer of a few pages is created.
+/// A buffer of a few pages is created. Whether it was or not, the host has nothing of it when its client has ended.
 fn dumb(case: &mut Case) -> Result<()> {
     case.boot(&Machine::on_reference_host(&["--display", "640x480"]))?;
     prepare(case, Whose::Thread)?;
@@ -234,13 +246,21 @@ fn dumb(case: &mut Case) -> Result<()> {
     // Pages of a buffer are taken from anywhere.
     vm.run("echo N > /sys/kernel/debug/fail_page_alloc/ignore-gfp-highmem")?;
     let client = Client::start(vm, 0, &[HOST_SIZE])?;
+    let before = resources(vm.host()?)?;
     each(|nth| {
         let tried = short(vm, nth, &["create", "64x64"])?;
+        tried.expect_reason()?;
+        // The host has done all that came before what it shows.
+        client.draw(vm, nth as u8)?;
+        let after = resources(vm.host()?)?;
+        ensure!(
+            after == before,
+            "{tried:?}: the host has resources {after:?} instead of {before:?}"
+        );
         let again = short(vm, 0, &["create", "64x64"])?;
         ensure!(again.error.is_none(), "and then: {:?}", again.error);
         Ok(tried.failed)
     })?;
-    client.draw(vm, 1)?;
     client.end(vm)?;
     unload(vm)
 }

@@ -195,7 +195,7 @@ const ANEW: [&str; 3] = [
 ];
 
 /// Returns the resources that the host has.
-fn resources(host: &Host) -> Result<BTreeSet<u64>> {
+pub fn resources(host: &Host) -> Result<BTreeSet<u64>> {
     let state = host.control("state")?;
     let resources = state["resources"].as_array().context("no resources")?;
     Ok(resources
