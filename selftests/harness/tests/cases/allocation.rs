@@ -149,6 +149,21 @@ impl Tried {
         );
         Ok(())
     }
+
+    /// As [`Tried::expect_reason`], for what the driver logs in `log`: an error, or, if the one who tried it was told of none, `done`.
+    fn expect_outcome(&self, log: &str, done: &str) -> Result<()> {
+        self.expect_reason()?;
+        let logged = log.contains("*ERROR*");
+        ensure!(
+            self.failed || !logged,
+            "without a failure, the driver says:\n{log}"
+        );
+        ensure!(
+            self.error.is_some() || logged || log.contains(done),
+            "{self:?}, and the driver does not say '{done}':\n{log}"
+        );
+        Ok(())
+    }
 }
 
 /// Does something in the guest, with a program of its own, while allocation `nth` fails, or none for 0.
@@ -342,10 +357,11 @@ fn scattered(case: &mut Case) -> Result<()> {
 /// The devices are suspended, and resumed.
 fn sleep(case: &mut Case, machine: &Machine, size: (u32, u32)) -> Result<()> {
     const OFF: &str = "*ERROR* cannot resume the display";
+    const NOT_OFF: &str = "*ERROR* cannot suspend the display";
     for text in [
         NOT_BACK,
         OFF,
-        "*ERROR* cannot suspend the display",
+        NOT_OFF,
         "*ERROR* no display info",
         "*ERROR* the host was not told of the resume",
     ] {
@@ -355,15 +371,19 @@ fn sleep(case: &mut Case, machine: &Machine, size: (u32, u32)) -> Result<()> {
     prepare(case, Whose::Driver)?;
     let vm = case.vm()?;
     // The thread that asks for it does it all.
-    vm.run(
-        "echo 0 > /sys/power/pm_async && echo devices > /sys/power/pm_test && dmesg -c > /dev/null",
-    )?;
+    vm.run("echo 0 > /sys/power/pm_async && echo devices > /sys/power/pm_test")?;
     let act = ["write", "/sys/power/state", "mem"];
     let client = Client::start(vm, 0, &[size])?;
     each(|nth| {
         let seed = nth as u8;
+        vm.run("dmesg -c > /dev/null")?;
         let tried = short(vm, nth, &act)?;
-        let log = vm.run("dmesg -c")?;
+        let log = vm.run("dmesg")?;
+        tried.expect_outcome(&log, "resumed, ")?;
+        ensure!(
+            tried.error.is_some() || !log.contains(NOT_OFF),
+            "who suspends was not told that the driver could not:\n{log}"
+        );
         if log.contains(NOT_BACK) {
             // It does the next time.
             client.draw_unseen(vm, seed)?;
