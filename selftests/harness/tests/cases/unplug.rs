@@ -12,6 +12,7 @@ use anyhow::{
 };
 use libtest_mimic::Trial;
 use serde_json::json;
+use virtgpu_guest::wire::Report;
 use virtgpu_lab::case::{
     Case,
     trial, //
@@ -27,6 +28,7 @@ use virtgpu_lab::suspend::{
 };
 use virtgpu_lab::vm::{
     GPU,
+    LIMIT,
     Machine,
     Note,
     Program,
@@ -59,6 +61,7 @@ pub fn trials() -> Vec<Trial> {
         trial("unplug::surprise", surprise),
         trial("unplug::surprise_asleep", surprise_asleep),
         trial("unplug::surprise_on_the_way", surprise_on_the_way),
+        trial("unplug::surprise_config", surprise_config),
         trial("unplug::never_reset", never_reset),
         trial("unplug::shutdown_is_quiet", shutdown_is_quiet),
         trial("unplug::kexec", kexec),
@@ -484,6 +487,51 @@ fn surprise_on_the_way(case: &mut Case) -> Result<()> {
         client.expect_gone(vm)?;
         holder.check(vm)?;
         holder.release(vm)?;
+        removal::plug(vm)?;
+        show_something(vm, 10 * seed + 2, HOST_SIZE)?;
+    }
+    Ok(())
+}
+
+/// The device has another display to tell of, and is pulled out when the guest hears of that, or looks: all ones are no event, and
+/// nobody is told of displays of a device that is gone.
+fn surprise_config(case: &mut Case) -> Result<()> {
+    const MOMENTS: [&str; 2] = ["virtio_config_changed", "vp_get"];
+    let vm = case.boot(&Machine {
+        debugger: true,
+        ..removable(REFERENCE)
+    })?;
+    for (seed, moment) in (0..).zip(MOMENTS) {
+        let client = Client::start(vm, 10 * seed, &[HOST_SIZE])?;
+        client.start_flips(vm)?;
+        let mark = vm.mark();
+        let listener = vm.start_program(&["virtgpu-guest", "uevents"])?;
+        vm.wait_line(listener, "listening", mark)?;
+        let pulled = until_pulled(vm, |vm| {
+            let mut debugger = Debugger::halt(vm)?;
+            vm.host()?.control("hotplug 0 800x600")?;
+            debugger.run_until(moment)?;
+            removal::pull(vm)?;
+            debugger.go()
+        });
+        pulled.with_context(|| format!("at {moment}"))?;
+        client.expect_gone(vm)?;
+        let mut told = false;
+        vm.wait(
+            "the function to be removed",
+            mark,
+            LIMIT,
+            |note| match note {
+                Note::Agent(Report::Out { id, text }) if listener.is(*id) => {
+                    told |= text.contains("HOTPLUG=1");
+                    (text.contains("ACTION=remove") && text.contains("SUBSYSTEM=pci")).then_some(())
+                }
+                _ => None,
+            },
+        )?;
+        ensure!(!told, "{moment}: somebody was told of displays");
+        vm.signal(listener, SIGKILL)?;
+        vm.wait_end(listener)?;
         removal::plug(vm)?;
         show_something(vm, 10 * seed + 2, HOST_SIZE)?;
     }
