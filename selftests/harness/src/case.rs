@@ -132,6 +132,14 @@ impl Case {
                 complaints.push(format!("memory leaked, see leaks.log, the first: {first}"));
             }
         }
+        if self.kernel.has("CONFIG_LOCKDEP")
+            && let Some(vm) = &mut self.vm
+        {
+            let watched = is_watched(vm).context("asking for lockdep");
+            if or_complain(watched, &mut complaints) == Some(false) {
+                complaints.push("lockdep has turned itself off".into());
+            }
+        }
         // The console has it all, unless it was cut off; the guest's own buffer has it, unless it is dead.
         if let Some(vm) = &mut self.vm {
             let log = vm.run("dmesg").context("collecting the kernel's log");
@@ -192,6 +200,14 @@ fn read(dir: &Path, name: &str) -> Result<String> {
     let path = dir.join(name);
     let log = fs::read(&path).with_context(|| path.display().to_string())?;
     Ok(String::from_utf8_lossy(&log).into_owned())
+}
+
+/// Whether the guest's kernel still looks after its locks. It stops after its first report, whatever that was about.
+fn is_watched(vm: &mut Vm) -> Result<bool> {
+    let stats = vm.run("cat /proc/lockdep_stats")?;
+    let mut lines = stats.lines();
+    let value = lines.find_map(|line| line.trim().strip_prefix("debug_locks:"));
+    Ok(value.context("there is no debug_locks")?.trim() != "0")
 }
 
 /// Has the guest's kernel look for memory that nobody has a pointer to any more, and returns what it found.

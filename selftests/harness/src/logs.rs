@@ -25,38 +25,10 @@ const KERNEL_FAULTS: &[&str] = &[
     "fault reason",
 ];
 
-/// Begins and ends what lockdep has to say of two locks.
-const LOCKDEP: [&str; 2] = [
-    "WARNING: possible circular locking dependency detected",
-    "</TASK>",
-];
-
-/// A lock of Linux's driver for PCI hotplug, which lockdep reports whatever device is taken away.
-const HOTPLUG_LOCK: &str = "(&ctrl->reset_lock)";
-
-/// Returns the lines of the kernel's log that tell of a fault, except those that contain one of `expected`, and those of a lockdep
-/// report about [`HOTPLUG_LOCK`].
+/// Returns the lines of the kernel's log that tell of a fault, except those that contain one of `expected`.
 pub fn kernel_faults<'a>(log: &'a str, expected: &[&str]) -> Vec<&'a str> {
-    let mut lines = Vec::new();
-    let mut rest = log.lines();
-    while let Some(line) = rest.next() {
-        let from = lines.len();
-        lines.push(line);
-        if line.contains(LOCKDEP[0]) {
-            let end = rest.by_ref().take_while(|line| !line.contains(LOCKDEP[1]));
-            lines.extend(end);
-            // Who wants which lock is said in the fifth line of the report.
-            if lines[from..]
-                .iter()
-                .take(5)
-                .any(|line| line.contains(HOTPLUG_LOCK))
-            {
-                lines.truncate(from);
-            }
-        }
-    }
-    let faults = lines
-        .into_iter()
+    let faults = log
+        .lines()
         .filter(|line| KERNEL_FAULTS.iter().any(|fault| line.contains(fault)));
     faults
         .filter(|line| !expected.iter().any(|part| line.contains(part)))
@@ -97,22 +69,6 @@ mod tests {
             ["virtio_gpu_resource_flush: invalid resource specified 2"]
         );
         assert_eq!(resource_commands(log), [("res_flush", "0x2")]);
-    }
-
-    #[test]
-    fn a_lock_of_pci_hotplug_is_none_of_ours() {
-        let report = |lock: &str| {
-            format!(
-                "WARNING: possible circular locking dependency detected\n7.3.4 #4 Not tainted\n---\n\
-                 irq/24-pciehp/32 is trying to acquire lock:\nffff888005d8fad8 ({lock}){{.+.+}}, at: f+0x15b\n\
-                 Call Trace:\n </TASK>\nBUG: bad\n"
-            )
-        };
-        assert_eq!(
-            kernel_faults(&report("&ctrl->reset_lock"), &[]),
-            ["BUG: bad"]
-        );
-        assert_eq!(kernel_faults(&report("&other->lock"), &[]).len(), 3);
     }
 
     #[test]
