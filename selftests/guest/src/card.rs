@@ -17,10 +17,6 @@ use anyhow::{
     Result,
     bail, //
 };
-use drm::{
-    Device as _,
-    DriverCapability, //
-};
 use drm::control::{
     Device as _,
     Mode,
@@ -30,6 +26,10 @@ use drm::control::{
     crtc,
     dumbbuffer::DumbBuffer,
     framebuffer, //
+};
+use drm::{
+    Device as _,
+    DriverCapability, //
 };
 use rustix::mm::{
     MapFlags,

@@ -30,10 +30,7 @@ pub fn paint() -> Result<()> {
     };
     let (stride, height) = (number("stride")?, number("virtual_size")?);
     let size = stride * height;
-    let file = OpenOptions::new()
-        .read(true)
-        .write(true)
-        .open("/dev/fb0")?;
+    let file = OpenOptions::new().read(true).write(true).open("/dev/fb0")?;
 
     // SAFETY: The kernel chooses the address, so no memory of ours is replaced.
     let room = unsafe {

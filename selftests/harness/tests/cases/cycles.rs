@@ -103,7 +103,8 @@ impl Usage {
         )?;
         let mut count = |command: &str| -> Result<usize> { Ok(vm.run(command)?.trim().parse()?) };
         // Without a driver there are none, and no file.
-        let framebuffers = count("cat /sys/kernel/debug/dri/0/framebuffer | grep -c '^framebuffer\\[' || true")?;
+        let framebuffers =
+            count("cat /sys/kernel/debug/dri/0/framebuffer | grep -c '^framebuffer\\[' || true")?;
         let interrupts = count("ls /proc/irq | wc -l")?;
         Ok(Self {
             slabs,

@@ -193,7 +193,13 @@ fn framebuffer_device(case: &mut Case) -> Result<()> {
     let painter = vm.start_program(&["virtgpu-guest", "paint"])?;
     vm.wait_line(painter, "mapped", mark)?;
     // The first one twice: its page has been seen by then, and is watched again.
-    for (line, grey) in [(0, 1), (0, COLOUR), (1, COLOUR), (101, COLOUR), (799, COLOUR)] {
+    for (line, grey) in [
+        (0, 1),
+        (0, COLOUR),
+        (1, COLOUR),
+        (101, COLOUR),
+        (799, COLOUR),
+    ] {
         let mark = vm.mark();
         vm.say(painter, &format!("line {line} {grey}"))?;
         vm.wait_line(painter, "filled", mark)?;
