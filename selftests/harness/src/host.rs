@@ -291,6 +291,16 @@ impl Host {
         }
     }
 
+    /// Waits until there was a command of that name after the last mark `text`.
+    pub fn wait_command(&self, name: &str, text: &str) -> Result<()> {
+        let end = Instant::now() + LIMIT;
+        while !commands(after_mark(&self.record()?, text)?).any(|entry| entry.command == name) {
+            ensure!(Instant::now() < end, "the host was told no {name}");
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        Ok(())
+    }
+
     /// How many faults there were since [`Host::misbehave`].
     pub fn faults(&self) -> Result<usize> {
         let faults = self.control("faults")?;

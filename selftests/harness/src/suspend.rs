@@ -57,11 +57,19 @@ impl Sleep {
         self.cycles(vm, 1)
     }
 
-    /// As [`Sleep::cycle`], and calls `act` as soon as the GPU's driver is told to suspend. It goes on meanwhile.
-    pub fn cycle_with(self, vm: &mut Vm, act: impl FnOnce(&mut Vm) -> Result<()>) -> Result<()> {
+    /// As [`Sleep::cycle`], and calls `before` just before the guest is told to sleep, and `act` as soon as the GPU's driver is told to
+    /// suspend. It goes on meanwhile.
+    pub fn cycle_with(
+        self,
+        vm: &mut Vm,
+        before: impl FnOnce(&mut Vm) -> Result<()>,
+        act: impl FnOnce(&mut Vm) -> Result<()>,
+    ) -> Result<()> {
         // Has the kernel say whose turn it is.
         vm.run("echo 1 > /sys/power/pm_print_times")?;
-        let mut sleeper = self.start(vm, 1)?;
+        let state = self.prepare(vm)?;
+        before(vm)?;
+        let mut sleeper = self.enter(vm, state, 1)?;
         vm.wait_console("virtio0: PM: calling ", sleeper.mark)?;
         act(vm)?;
         sleeper.wait_asleep(vm)?;
@@ -87,6 +95,12 @@ impl Sleep {
     }
 
     fn start(self, vm: &mut Vm, count: usize) -> Result<Sleeper> {
+        let state = self.prepare(vm)?;
+        self.enter(vm, state, count)
+    }
+
+    /// Chooses the kind of sleep, and returns what is to be written to /sys/power/state.
+    fn prepare(self, vm: &mut Vm) -> Result<&'static str> {
         let (prepare, state) = match self {
             Self::S3 => ("echo deep > /sys/power/mem_sleep", "mem"),
             Self::Idle => ("true", "freeze"),
@@ -96,6 +110,10 @@ impl Sleep {
             ),
         };
         vm.run(prepare)?;
+        Ok(state)
+    }
+
+    fn enter(self, vm: &mut Vm, state: &str, count: usize) -> Result<Sleeper> {
         let mark = vm.mark();
         let mut argv = vec!["sh", "-c", TO_STATE, "sh"];
         argv.extend(vec![state; count]);

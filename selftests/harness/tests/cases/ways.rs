@@ -309,9 +309,15 @@ fn busy(case: &mut Case) -> Result<()> {
 
 /// Sends the guest to sleep and wakes it up, and has the host give the answers that it has kept back since [`HOLDS`] when the driver has
 /// been told to suspend. Returns the record.
-fn down_unanswered(vm: &mut Vm, sleep: Sleep) -> Result<Vec<Entry>> {
+///
+/// `before` is called just before: nobody in the guest waits longer for an answer, or for room in the ring, than 5 s.
+fn down_unanswered(
+    vm: &mut Vm,
+    sleep: Sleep,
+    before: impl FnOnce(&mut Vm) -> Result<()>,
+) -> Result<Vec<Entry>> {
     let mut answered = 0;
-    sleep.cycle_with(vm, |vm| {
+    sleep.cycle_with(vm, before, |vm| {
         let host = vm.host()?;
         host.mark(DOWN)?;
         answered = host.answer_now()?;
@@ -375,14 +381,16 @@ fn in_flight(case: &mut Case) -> Result<()> {
         vm.wait_line(coming, "holding", mark)?;
         vm.say(going, "release")?;
         vm.wait_line(going, "released", mark)?;
-        let host = vm.host()?;
-        let (width, height) = other(cycle);
-        host.control(&format!("hotplug {CHANGED} {width}x{height}"))?;
-        host.wait_faults(2 * BUFFERS + 1)?;
-        host.hold("TRANSFER_TO_HOST_2D")?;
-        host.wait_faults(2 * BUFFERS + 1 + FLIPS)?;
+        vm.host()?.wait_faults(2 * BUFFERS)?;
         let mark = vm.mark();
-        let record = down_unanswered(vm, sleep)?;
+        let record = down_unanswered(vm, sleep, |vm| {
+            let host = vm.host()?;
+            host.hold("TRANSFER_TO_HOST_2D")?;
+            host.wait_faults(2 * BUFFERS + FLIPS)?;
+            let (width, height) = other(cycle);
+            host.control(&format!("hotplug {CHANGED} {width}x{height}"))?;
+            host.wait_command("GET_DISPLAY_INFO", HOLDS)
+        })?;
         vm.wait_console("resumed, the host kept its resources", mark)?;
 
         let going_down = going_down(&record)?;
@@ -491,9 +499,10 @@ fn full_ring(case: &mut Case) -> Result<()> {
         host.control("reset-counters")?;
         host.mark(HOLDS)?;
         host.hold("RESOURCE_UNREF")?;
-        vm.say(holder, "release")?;
-        vm.host()?.wait_faults(RING)?;
-        let record = down_unanswered(vm, sleep)?;
+        let record = down_unanswered(vm, sleep, |vm| {
+            vm.say(holder, "release")?;
+            vm.host()?.wait_faults(RING)
+        })?;
 
         let count = kept_back(going_down(&record)?).count();
         ensure!(
