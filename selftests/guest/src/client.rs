@@ -43,7 +43,7 @@ use crate::shortage;
 
 /// How long the event of a page flip may take, on the guest's clock.
 const FLIP_LIMIT: Timespec = Timespec {
-    tv_sec: 10,
+    tv_sec: 30,
     tv_nsec: 0,
 };
 

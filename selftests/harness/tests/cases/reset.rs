@@ -199,7 +199,7 @@ fn slowly(case: &mut Case) -> Result<()> {
     let mark = vm.mark();
     let holder = vm.start_program(&["virtgpu-guest", "hold", &BUFFERS.to_string()])?;
     vm.wait_line(holder, "holding", mark)?;
-    // Six seconds: as many at a time as the ring holds. The driver gives a host five for an answer, and the client gives up after ten.
+    // Six seconds: as many at a time as the ring holds. The driver gives a host five for an answer.
     control(vm, "reset-counters")?;
     control(vm, "fault RESOURCE_ATTACH_BACKING: answer after 1 s")?;
     control(vm, "fault 1st RESOURCE_FLUSH: bad descriptor id")?;
