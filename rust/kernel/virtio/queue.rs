@@ -781,9 +781,9 @@ impl<H: Handler<N>, const N: usize> Virtqueues<H, N> {
         for (ring, vq) in rings.iter_mut().zip(vqs) {
             let vq = NonNull::new(vq).ok_or(ENOENT)?;
 
-            // SAFETY: The queue was just found, nobody else uses it. `stop()` takes the structure out
-            // before it resets the device and deletes the queue. If this function fails, nothing
-            // was added, and the structure is only dropped.
+            // SAFETY: The queue was just found, nobody else uses it. `stop()` takes the structure
+            // out before it resets the device and deletes the queue. If this function fails,
+            // nothing was added, and the structure is only dropped.
             *ring = Some(Connected::new(unsafe { Ring::new(vq, indirect) }?)?);
         }
 
