@@ -207,6 +207,10 @@ impl Machine {
         if self.icount {
             append += " tsc=reliable";
         }
+        if kernel.has("CONFIG_DEBUG_KMEMLEAK") {
+            // Without checks, slabs keep the addresses of objects that they have handed out, where kmemleak finds them.
+            append += " slab_debug=F";
+        }
         if self.swap.is_some() {
             // On a busy machine a kernel may find the local APIC's timer wrong and have no handler for it; if the kernel that reads
             // the image has not, and uses it, the one in the image dies of its first tick.
