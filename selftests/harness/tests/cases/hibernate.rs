@@ -40,7 +40,13 @@ pub fn trials() -> Vec<Trial> {
 }
 
 fn boot(case: &mut Case, swap: u32) -> Result<&mut Vm> {
+    // KASAN and kmemleak need so much of 512 MiB that the copy of it leaves next to nothing for those who draw meanwhile.
+    let memory = match case.kernel.has("CONFIG_KASAN") {
+        true => "1G",
+        false => "512M",
+    };
     let vm = case.boot(&Machine {
+        memory,
         swap: Some(swap),
         debugger: true,
         ..Machine::with_gpu("virtio-gpu-pci")
