@@ -686,6 +686,17 @@ impl Device<device::Core<'_>> {
         // same time goes by the old one or by the new one.
         unsafe { bindings::dma_set_max_seg_size(parent, max) };
     }
+
+    /// Stops the device in the way that the virtio core does it for a driver without
+    /// [`Driver::shutdown`]: breaks its queues, waits for callbacks, and resets it.
+    ///
+    /// Process context. C counterpart: `virtio_device_shutdown()`.
+    pub fn shutdown(&self) {
+        // SAFETY: By the type invariant `self.as_raw()` is a valid pointer to a
+        // `struct virtio_device`. A device may be reset at any time: who uses its queues waits in
+        // vain, no more. The transport keeps the list of them together under a lock.
+        unsafe { bindings::virtio_device_shutdown(self.as_raw()) };
+    }
 }
 
 impl Device<device::Bound> {
@@ -833,9 +844,16 @@ impl Device<device::Bound> {
     /// Needed only by a driver that uses them before [`Driver::probe`] or [`Driver::restore`] is
     /// over. Process context.
     pub fn ready(&self) {
-        if self.status() & bindings::VIRTIO_CONFIG_S_DRIVER_OK == 0 {
-            // SAFETY: By the type invariant `self.as_raw()` is a valid pointer to a
-            // `struct virtio_device`.
+        // Not the device is asked, which may say what it likes.
+        //
+        // SAFETY: By the type invariant `self.as_raw()` is a valid pointer to a
+        // `struct virtio_device`. The field changes when the device is reset or made ready: the
+        // core does that around the driver's callbacks, and `Virtqueues::restart()` and its caller
+        // between them.
+        let told = unsafe { (*self.as_raw()).ready };
+
+        if !told {
+            // SAFETY: As above. Reading and writing the status is up to the transport at any time.
             unsafe { bindings::virtio_device_ready(self.as_raw()) };
         }
     }
@@ -854,8 +872,8 @@ impl Device<device::Bound> {
         might_sleep();
 
         // SAFETY: By the type invariant `self.as_raw()` is a valid pointer to a
-        // `struct virtio_device`, and it is bound. Who uses the queues of a device that has been
-        // reset waits in vain, no more.
+        // `struct virtio_device`, and it is bound. The callers see to it that nobody finds queues
+        // meanwhile, and have deleted those that there were.
         to_result(unsafe { bindings::virtio_device_reinit(self.as_raw()) })
     }
 
@@ -870,16 +888,6 @@ impl Device<device::Bound> {
         // SAFETY: By the type invariant `self.as_raw()` is a valid pointer to a
         // `struct virtio_device`.
         unsafe { bindings::virtio_config_changed(self.as_raw()) };
-    }
-
-    /// Stops the device in the way that the virtio core does it for a driver without
-    /// [`Driver::shutdown`]: breaks its queues, waits for callbacks, and resets it.
-    ///
-    /// Process context. C counterpart: `virtio_device_shutdown()`.
-    pub fn shutdown(&self) {
-        // SAFETY: By the type invariant `self.as_raw()` is a valid pointer to a
-        // `struct virtio_device`.
-        unsafe { bindings::virtio_device_shutdown(self.as_raw()) };
     }
 }
 

@@ -244,23 +244,6 @@ impl Ring {
         })
     }
 
-    /// Checks whether there is room for so many pieces of memory.
-    fn check_room(&self, pieces: usize) -> Result {
-        // A chain that is longer than the ring is forbidden, in an indirect table too.
-        if pieces > self.slots.len() {
-            return Err(E2BIG);
-        }
-
-        // SAFETY: By the type invariant, `vq` is a valid virtqueue.
-        let free = unsafe { (*self.vq.as_ptr()).num_free } as usize;
-
-        // Every slot in use takes a descriptor at least.
-        if free < if self.indirect { 1 } else { pieces } {
-            return Err(ENOSPC);
-        }
-        Ok(())
-    }
-
     /// Adds a buffer, and returns its slot. Takes [`Response::Pages`], and leaves
     /// [`Response::None`]; on error everything is as before.
     fn add(
@@ -272,10 +255,15 @@ impl Ring {
         if request.is_empty() || request.len() > REQUEST_MAX {
             return Err(EINVAL);
         }
-        self.check_room(
-            1 + payload.map_or(0, |payload| payload.pieces())
-                + usize::from(!matches!(response, Response::None)),
-        )?;
+
+        let pieces = 1
+            + payload.map_or(0, |payload| payload.pieces())
+            + usize::from(!matches!(response, Response::None));
+
+        // SAFETY: By the type invariant, `vq` is a valid virtqueue.
+        let free = unsafe { (*self.vq.as_ptr()).num_free } as usize;
+
+        check_room(pieces, free, self.slots.len(), self.indirect)?;
 
         let idle = self.free.len() == self.slots.len();
         let index = *self.free.last().ok_or(ENOSPC)?;
@@ -1108,5 +1096,37 @@ impl Deref for ConnectedDevice<'_> {
         // SAFETY: By the type invariant, the device is bound for as long as `self` exists, and
         // `self.dev` is a reference to it.
         unsafe { &*dev }
+    }
+}
+
+/// Checks whether there is room for so many pieces of memory in a ring of which so many descriptors
+/// are free.
+fn check_room(pieces: usize, free: usize, size: usize, indirect: bool) -> Result {
+    // A chain that is longer than the ring is forbidden, in an indirect table too.
+    if pieces > size {
+        return Err(E2BIG);
+    }
+
+    // Every slot in use takes a descriptor at least.
+    if free < if indirect { 1 } else { pieces } {
+        return Err(ENOSPC);
+    }
+    Ok(())
+}
+
+#[macros::kunit_tests(rust_virtio_queue)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_never_fits_is_not_waited_for() {
+        for indirect in [false, true] {
+            assert_eq!(check_room(16, 16, 16, indirect), Ok(()));
+            assert_eq!(check_room(17, 16, 16, indirect), Err(E2BIG));
+            assert_eq!(check_room(17, 0, 16, indirect), Err(E2BIG));
+            assert_eq!(check_room(1, 0, 16, indirect), Err(ENOSPC));
+        }
+        assert_eq!(check_room(4, 3, 16, false), Err(ENOSPC));
+        assert_eq!(check_room(4, 1, 16, true), Ok(()));
     }
 }
