@@ -243,7 +243,7 @@ impl Bench {
             icount: true,
             append: "nokaslr".into(),
             programs: vec![self.guest.clone()],
-            memory: MEMORY,
+            memory: Some(MEMORY),
             arguments,
             ..host.machine()
         };

@@ -21,6 +21,9 @@ const KERNEL_FAULTS: &[&str] = &[
     "flip_done timed out",
     "unreferenced object",
     "new suspected memory leaks",
+    // Who looks after DMA mappings and objects has stopped, for want of memory.
+    "DMA-API: debugging out of memory",
+    "ODEBUG: Out of memory",
     // An IOMMU that the device ran into.
     "fault reason",
 ];

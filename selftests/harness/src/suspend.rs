@@ -44,6 +44,10 @@ for state; do
 done
 "#;
 
+/// What the kernel says when it begins to freeze user space, and when it tells the GPU's driver to suspend.
+pub const FREEZER: &str = "Freezing user space processes";
+pub const DRIVER: &str = "virtio0: PM: calling ";
+
 /// A guest on its way to sleep, or asleep.
 pub struct Sleeper {
     sleep: Sleep,
@@ -57,11 +61,12 @@ impl Sleep {
         self.cycles(vm, 1)
     }
 
-    /// As [`Sleep::cycle`], and calls `before` just before the guest is told to sleep, and `act` as soon as the GPU's driver is told to
-    /// suspend. It goes on meanwhile.
+    /// As [`Sleep::cycle`], and calls `before` just before the guest is told to sleep, and `act` as soon as the kernel says `moment`
+    /// ([`FREEZER`] or [`DRIVER`]). It goes on meanwhile.
     pub fn cycle_with(
         self,
         vm: &mut Vm,
+        moment: &str,
         before: impl FnOnce(&mut Vm) -> Result<()>,
         act: impl FnOnce(&mut Vm) -> Result<()>,
     ) -> Result<()> {
@@ -70,7 +75,7 @@ impl Sleep {
         let state = self.prepare(vm)?;
         before(vm)?;
         let mut sleeper = self.enter(vm, state, 1)?;
-        vm.wait_console("virtio0: PM: calling ", sleeper.mark)?;
+        vm.wait_console(moment, sleeper.mark)?;
         act(vm)?;
         sleeper.wait_asleep(vm)?;
         sleeper.rouse(vm)?;

@@ -121,8 +121,8 @@ const BUS: &str = "bus";
 pub struct Machine {
     /// QEMU's `-machine`.
     pub machine: &'static str,
-    /// Memory, in QEMU's notation.
-    pub memory: &'static str,
+    /// Memory, in QEMU's notation, if it is not to be what does for the kernel.
+    pub memory: Option<&'static str>,
     /// QEMU's `-device` arguments; the GPU has the id [`GPU`].
     pub devices: Vec<String>,
     /// Options of the reference host, if the GPU is its.
@@ -151,7 +151,7 @@ impl Machine {
     pub fn with_gpu(device: &str) -> Self {
         Self {
             machine: "pc,hpet=off",
-            memory: "512M",
+            memory: None,
             devices: vec![format!("{device},id={GPU}")],
             host: None,
             cpus: 1,
@@ -198,6 +198,12 @@ impl Machine {
             true => "max,la57=off",
             false => "max",
         };
+        // KASAN and kmemleak need so much of 512 MiB that a hibernating guest's copy of the rest leaves next to nothing for those who
+        // draw meanwhile.
+        let memory = self.memory.unwrap_or(match kernel.has("CONFIG_KASAN") {
+            true => "1G",
+            false => "512M",
+        });
         // A host under load may be too late for the kernel's check whether the timer ticks.
         let mut append = format!(
             "console=ttyS0 no_console_suspend ignore_loglevel pm_debug_messages \
@@ -236,7 +242,7 @@ impl Machine {
             "-cpu",
             cpu,
             "-m",
-            self.memory,
+            memory,
             "-display",
             &display,
             "-vga",
@@ -266,7 +272,6 @@ impl Machine {
         }
         if self.host.is_some() {
             // It reads and writes the guest's memory.
-            let memory = self.memory;
             add(
                 "-object",
                 format!("memory-backend-memfd,id=memory,size={memory},share=on"),

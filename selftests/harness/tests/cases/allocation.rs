@@ -301,12 +301,17 @@ fn reset(case: &mut Case) -> Result<()> {
     each(|nth| {
         let seed = nth as u8;
         let tried = short(vm, nth, &act)?;
-        if vm.run("dmesg -c")?.contains(NOT_BACK) {
+        let log = vm.run("dmesg -c")?;
+        tried.expect_outcome(&log, "resources recovered")?;
+        if log.contains(NOT_BACK) {
             // It does the next time.
             client.draw_unseen(vm, seed)?;
             let again = short(vm, 0, &act)?;
             ensure!(again.error.is_none(), "and then: {:?}", again.error);
             client.expect(vm, seed)?;
+        } else if !log.contains("*ERROR*") {
+            client.expect(vm, seed.wrapping_sub(1))?;
+            client.draw(vm, seed)?;
         } else {
             // What there was no memory to show is shown as soon as it is drawn.
             client.draw_and_show_part(vm, seed, [0, 0, SIZE.0, SIZE.1])?;

@@ -351,6 +351,7 @@ fn random(case: &mut Case, seeds: Range<u64>) -> Result<()> {
     }
     let vm = case.boot(&Phase::Restore.machine())?;
     let mut warm = None;
+    let mut struck = 0;
     for (done, seed) in (0..).zip(seeds) {
         let mark = vm.mark();
         vm.run(&format!("echo 'fault: seed {seed}' > /dev/kmsg"))?;
@@ -360,6 +361,7 @@ fn random(case: &mut Case, seeds: Range<u64>) -> Result<()> {
         }
         vm.host()?.misbehave(&format!("random {seed}:{RATE}"))?;
         live(vm, seed).with_context(|| format!("seed {seed}"))?;
+        struck += vm.host()?.faults()?;
         vm.host()?.behave()?;
         unload(vm)?;
         let log = log(vm, mark)?;
@@ -371,6 +373,7 @@ fn random(case: &mut Case, seeds: Range<u64>) -> Result<()> {
         client.end(vm)?;
     }
     unload(vm)?;
+    ensure!(struck > 0, "the host made no mistake");
     warm.map_or(Ok(()), |warm| warm.expect_no_growth(vm))
 }
 
@@ -381,6 +384,9 @@ fn live(vm: &mut Vm, seed: u64) -> Result<()> {
     if let Some(client) = &client {
         client.try_draw(vm, 2)?;
     }
+    // There is nothing to see for any of these.
+    vm.host()?.control("interrupts 16")?;
+    vm.host()?.control("config-change")?;
     // Half of them sleep with a client, the others without.
     if let Some(client) = client {
         if seed.is_multiple_of(2) {

@@ -33,23 +33,27 @@ pub fn trials() -> Vec<Trial> {
         trial("hibernate::test_resume", test_resume),
         trial("hibernate::shutdown", shutdown),
         trial("hibernate::modes_and_suspend", modes_and_suspend),
-        trial("hibernate::hybrid", hybrid),
+        trial("hibernate::hybrid::recovered", |case| {
+            hybrid(case, &Machine::with_gpu("virtio-gpu-pci"), false)
+        }),
+        trial("hibernate::hybrid::kept", |case| {
+            let host = Machine::on_reference_host(&["--display", "1280x800"]);
+            hybrid(case, &host, true)
+        }),
         trial("hibernate::aborted", aborted),
         trial("hibernate::rolled_back", rolled_back),
     ]
 }
 
 fn boot(case: &mut Case, swap: u32) -> Result<&mut Vm> {
-    // KASAN and kmemleak need so much of 512 MiB that the copy of it leaves next to nothing for those who draw meanwhile.
-    let memory = match case.kernel.has("CONFIG_KASAN") {
-        true => "1G",
-        false => "512M",
-    };
+    boot_with(case, &Machine::with_gpu("virtio-gpu-pci"), swap)
+}
+
+fn boot_with<'a>(case: &'a mut Case, machine: &Machine, swap: u32) -> Result<&'a mut Vm> {
     let vm = case.boot(&Machine {
-        memory,
         swap: Some(swap),
         debugger: true,
-        ..Machine::with_gpu("virtio-gpu-pci")
+        ..machine.clone()
     })?;
     vm.run("mkswap /dev/vda && swapon /dev/vda")?;
     Ok(vm)
@@ -134,12 +138,17 @@ fn suspend(vm: &mut Vm, client: &Client) -> Result<()> {
     client.stop_flips(vm)
 }
 
-/// An image is written, and then the guest sleeps in RAM; first it is woken up, and then the power fails.
-fn hybrid(case: &mut Case) -> Result<()> {
-    let vm = boot(case, ENOUGH)?;
+/// An image is written, and then the guest sleeps in RAM; first it is woken up, and then the power fails. The host is asked to keep
+/// everything in the second part of it only; if it can, it does until the guest wakes up, or is gone with the power.
+fn hybrid(case: &mut Case, machine: &Machine, kept: bool) -> Result<()> {
+    let vm = boot_with(case, machine, ENOUGH)?;
     let client = Client::start(vm, 1, &[SIZE])?;
     let seeds = client.start_flips(vm)?;
+    let mark = vm.mark();
     Sleep::Hybrid.cycle(vm)?;
+    if kept {
+        vm.wait_console("resumed, the host kept its resources", mark)?;
+    }
     client.expect_flips(vm, seeds)?;
     client.stop_flips(vm)?;
     client.draw(vm, 2)?;

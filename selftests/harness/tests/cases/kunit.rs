@@ -20,9 +20,10 @@ use virtgpu_lab::kernel::{
 use virtgpu_lab::vm::Machine;
 
 /// One for each file of ours that has tests.
-const SUITES: [&str; 8] = [
+const SUITES: [&str; 9] = [
     "rust_drm_kms_edid",
     "rust_drm_kms_rect",
+    "rust_virtio_queue",
     "virtgpu_rs_command",
     "virtgpu_rs_display",
     "virtgpu_rs_features",

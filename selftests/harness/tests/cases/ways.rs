@@ -19,6 +19,8 @@ use virtgpu_lab::host::{
     commands, //
 };
 use virtgpu_lab::suspend::{
+    DRIVER,
+    FREEZER,
     Sleep,
     test, //
 };
@@ -32,6 +34,10 @@ use virtgpu_lab::vm::{
 /// What the device offers first.
 const SIZE: (u32, u32) = (1280, 800);
 
+/// What the driver says when it is back.
+const KEPT: &str = "resumed, the host kept its resources";
+const RECOVERED: &str = "resources recovered";
+
 /// Marks in the host's record: it begins to keep back answers, and the guest goes down.
 const HOLDS: &str = "the host holds";
 const DOWN: &str = "down";
@@ -42,17 +48,17 @@ pub fn trials() -> Vec<Trial> {
         trial("ways::back_to_back", back_to_back),
         trial("ways::aborted", |case| {
             let machine = Machine::with_gpu("virtio-gpu-pci");
-            let outcomes = [
-                "resumed, the host kept its resources",
-                "resources recovered",
-            ];
+            let outcomes = [KEPT, RECOVERED];
             aborted(case, &machine, SIZE, outcomes, |_, _| Ok(()))
         }),
         trial("ways::aborted_kept", aborted_kept),
         trial("ways::before_any_modeset", before_any_modeset),
         trial("ways::many_buffers", many_buffers),
         trial("ways::busy", busy),
-        trial("ways::in_flight", in_flight),
+        trial("ways::in_flight::kept", |case| in_flight(case, &[], KEPT)),
+        trial("ways::in_flight::recovered", |case| {
+            in_flight(case, &["--freezing", "off"], RECOVERED)
+        }),
         trial("ways::waiting_clients", waiting_clients),
         trial("ways::full_ring", full_ring),
         trial("ways::without_scanouts", without_scanouts),
@@ -176,7 +182,6 @@ fn aborted(
 
 /// The same on a host that has been asked to keep everything, and was told in vain.
 fn aborted_kept(case: &mut Case) -> Result<()> {
-    const KEPT: &str = "resumed, the host kept its resources";
     let machine = Machine::on_reference_host(&[]);
     aborted(case, &machine, (1024, 768), [KEPT, KEPT], |vm, reset| {
         let record = vm.host()?.record()?;
@@ -307,17 +312,18 @@ fn busy(case: &mut Case) -> Result<()> {
     Ok(())
 }
 
-/// Sends the guest to sleep and wakes it up, and has the host give the answers that it has kept back since [`HOLDS`] when the driver has
-/// been told to suspend. Returns the record.
+/// Sends the guest to sleep and wakes it up, and has the host give the answers that it has kept back since [`HOLDS`] when the kernel
+/// says `moment`, see [`Sleep::cycle_with`]. Returns the record.
 ///
 /// `before` is called just before: nobody in the guest waits longer for an answer, or for room in the ring, than 5 s.
 fn down_unanswered(
     vm: &mut Vm,
     sleep: Sleep,
+    moment: &str,
     before: impl FnOnce(&mut Vm) -> Result<()>,
 ) -> Result<Vec<Entry>> {
     let mut answered = 0;
-    sleep.cycle_with(vm, before, |vm| {
+    sleep.cycle_with(vm, moment, before, |vm| {
         let host = vm.host()?;
         host.mark(DOWN)?;
         answered = host.answer_now()?;
@@ -327,7 +333,7 @@ fn down_unanswered(
     let count = kept_back(after_mark(&record, HOLDS)?).count();
     ensure!(
         answered == count,
-        "{answered} of {count} commands were unanswered when the driver was told to suspend"
+        "{answered} of {count} commands were unanswered at '{moment}'"
     );
     Ok(record)
 }
@@ -344,17 +350,42 @@ fn going_down(record: &[Entry]) -> Result<&[Entry]> {
     Ok(&after[..after.len().saturating_sub(rest)])
 }
 
-/// Sixteen outputs flip, and the host has not answered 64 flips, 250 buffers that came and as many that went, and has not said what an
-/// output has changed to, when the driver is told to suspend.
-fn in_flight(case: &mut Case) -> Result<()> {
+/// Expects that the host had given no answer that the `ring` had room for until [`DOWN`], so that nothing came in before it gave one.
+/// Returns what happened then.
+fn expect_full_ring(record: &[Entry], ring: usize) -> Result<&[Entry]> {
+    let count = kept_back(going_down(record)?).count();
+    ensure!(
+        count == ring,
+        "{count} of {ring} places in the ring were taken"
+    );
+    let after = after_mark(record, DOWN)?;
+    let mut next = after
+        .iter()
+        .filter(|entry| ["command", "interrupt"].contains(&entry.event.as_str()));
+    let first = next.next().context("nothing happened any more")?;
+    ensure!(
+        first.event == "interrupt",
+        "there was room for {} before the host had answered anything",
+        first.command
+    );
+    Ok(after)
+}
+
+/// Sixteen outputs flip, and the host has not answered 64 flips, 470 buffers that came and as many that went, which is what the largest
+/// ring has room for, and has not said what an output has changed to, when the driver is told to suspend.
+fn in_flight(case: &mut Case, host: &[&str], outcome: &str) -> Result<()> {
     const HEADS: usize = 16;
     const SIZE: (u32, u32) = (320, 240);
     const RING: usize = 1024;
     const FLIPS: usize = 4 * HEADS;
-    const BUFFERS: usize = 250;
+    const BUFFERS: usize = 470;
+    /// How often the host is asked what has changed, and which output it is.
+    const CHANGES: usize = 1;
     const CHANGED: usize = 1;
     let other = |cycle: u8| (400, 300 + 20 * u32::from(cycle));
-    let machine = Machine::on_reference_host(&["--display", "320x240"].repeat(HEADS));
+    let mut options = ["--display", "320x240"].repeat(HEADS);
+    options.extend(host);
+    let machine = Machine::on_reference_host(&options);
     let vm = case.boot(&Machine {
         devices: vec![format!("{},id={GPU}", reference_with("vq_size", RING))],
         // No console, whose search for modes takes long with so many outputs.
@@ -383,21 +414,22 @@ fn in_flight(case: &mut Case) -> Result<()> {
         vm.wait_line(going, "released", mark)?;
         vm.host()?.wait_faults(2 * BUFFERS)?;
         let mark = vm.mark();
-        let record = down_unanswered(vm, sleep, |vm| {
+        let record = down_unanswered(vm, sleep, DRIVER, |vm| {
             let host = vm.host()?;
-            host.hold("TRANSFER_TO_HOST_2D")?;
-            host.wait_faults(2 * BUFFERS + FLIPS)?;
             let (width, height) = other(cycle);
             host.control(&format!("hotplug {CHANGED} {width}x{height}"))?;
-            host.wait_command("GET_DISPLAY_INFO", HOLDS)
+            host.wait_command("GET_DISPLAY_INFO", HOLDS)?;
+            // Soon there is no more room for any.
+            host.hold("TRANSFER_TO_HOST_2D")?;
+            host.wait_faults(2 * BUFFERS + CHANGES + FLIPS)
         })?;
-        vm.wait_console("resumed, the host kept its resources", mark)?;
+        vm.wait_console(outcome, mark)?;
 
         let going_down = going_down(&record)?;
         for (name, expected) in [
             ("RESOURCE_CREATE_2D", BUFFERS..=BUFFERS),
             ("RESOURCE_UNREF", BUFFERS..=BUFFERS),
-            ("GET_DISPLAY_INFO", 1..=1),
+            ("GET_DISPLAY_INFO", CHANGES..=CHANGES),
             ("TRANSFER_TO_HOST_2D", FLIPS..=RING),
         ] {
             let count = kept_back(going_down)
@@ -450,24 +482,15 @@ fn waiting_clients(case: &mut Case) -> Result<()> {
             vm.wait_line(churner, "churning", mark)?;
             churners.push(churner);
         }
-        // Buffers come and go faster than the host answers.
         let host = vm.host()?;
         host.control("reset-counters")?;
-        host.control("fault RESOURCE_UNREF: answer after 2 s")?;
-        host.wait_faults(RING)?;
-        host.mark(DOWN)?;
-        sleep.cycle(vm)?;
-        let host = vm.host()?;
-        host.control("clear")?;
-        let record = host.record()?;
-        let mut after = after_mark(&record, DOWN)?.iter();
-        let next = after.find(|entry| ["command", "interrupt"].contains(&entry.event.as_str()));
-        let next = next.context("nothing happened any more")?;
-        ensure!(
-            next.event == "interrupt",
-            "there was room for {} before the host had answered anything: the ring was not full",
-            next.command
-        );
+        host.mark(HOLDS)?;
+        let record = down_unanswered(vm, sleep, FREEZER, |vm| {
+            let host = vm.host()?;
+            host.hold("RESOURCE_UNREF")?;
+            host.wait_faults(RING)
+        })?;
+        expect_full_ring(&record, RING)?;
         for churner in churners {
             let mark = vm.mark();
             vm.say(churner, "enough")?;
@@ -499,26 +522,12 @@ fn full_ring(case: &mut Case) -> Result<()> {
         host.control("reset-counters")?;
         host.mark(HOLDS)?;
         host.hold("RESOURCE_UNREF")?;
-        let record = down_unanswered(vm, sleep, |vm| {
+        let record = down_unanswered(vm, sleep, DRIVER, |vm| {
             vm.say(holder, "release")?;
             vm.host()?.wait_faults(RING)
         })?;
 
-        let count = kept_back(going_down(&record)?).count();
-        ensure!(
-            count == RING,
-            "{count} of {RING} places in the ring were taken"
-        );
-        let after = after_mark(&record, DOWN)?;
-        let mut next = after
-            .iter()
-            .filter(|entry| ["command", "interrupt"].contains(&entry.event.as_str()));
-        let first = next.next().context("nothing happened any more")?;
-        ensure!(
-            first.event == "interrupt",
-            "there was room for {} before the host had answered anything",
-            first.command
-        );
+        let after = expect_full_ring(&record, RING)?;
         let off = commands(after)
             .position(|entry| entry.command == "SET_SCANOUT" && entry.args["resource_id"] == 0);
         let flip = commands(after).position(|entry| entry.command == "TRANSFER_TO_HOST_2D");
