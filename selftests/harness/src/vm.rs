@@ -198,8 +198,8 @@ impl Machine {
             true => "max,la57=off",
             false => "max",
         };
-        // KASAN and kmemleak need so much of 512 MiB that a hibernating guest's copy of the rest leaves next to nothing for those who
-        // draw meanwhile.
+        // What KASAN and kmemleak need of 512 MiB, and a hibernating guest's copy of it, leave next to nothing for those who draw
+        // meanwhile.
         let memory = self.memory.unwrap_or(match kernel.has("CONFIG_KASAN") {
             true => "1G",
             false => "512M",
@@ -391,6 +391,10 @@ impl Vm {
     pub fn boot(kernel: &Kernel, machine: &Machine, dir: &Path) -> Result<Self> {
         let mut vm = Self::boot_bare(kernel, machine, dir)?;
         vm.run("load-driver")?;
+        if kernel.has("CONFIG_KASAN") {
+            // Else a guest that hibernates first takes all memory there is, for a while, so that its image becomes small.
+            vm.run("echo 1073741824 > /sys/power/image_size")?;
+        }
         Ok(vm)
     }
 
