@@ -139,8 +139,8 @@ impl<T: Driver> Adapter<T> {
         // INVARIANT: `vdev` is valid for the duration of `validate_callback()`.
         let negotiation = Negotiation(unsafe { &*vdev.cast::<Device<device::Bound>>() });
 
-        // The queue for the administration of a group of devices belongs to virtio-pci, which
-        // cannot reset a device that had one and has no queues any more.
+        // The queue for the administration of a group of devices belongs to virtio-pci, which waits
+        // without end for a device that does not answer there.
         negotiation.clear_feature(bindings::VIRTIO_F_ADMIN_VQ);
 
         from_result(|| {

@@ -222,8 +222,7 @@ fn short_config(case: &mut Case, size: u32) -> Result<()> {
     Ok(())
 }
 
-/// A device that offers a queue for its administration, and has none: Linux does not take it into account where it resets a device
-/// whose queues are deleted.
+/// A device that offers a queue for its administration, and has none.
 fn admin_queue(case: &mut Case) -> Result<()> {
     /// Number of the feature bit VIRTIO_F_ADMIN_VQ.
     const ADMIN_VQ: usize = 41;

@@ -558,7 +558,10 @@ fn expect_said(vm: &mut Vm, text: &str, times: u32) -> Result<()> {
     Ok(())
 }
 
-/// Has the PCI driver let go of the GPU, and take it again.
+/// The GPU's function.
+const FUNCTION: &str = "/sys/bus/pci/devices/0000:01:00.0";
+
+/// Has the PCI driver let go of it, and take it again.
 const UNBIND_FUNCTION: &str = "echo 0000:01:00.0 > /sys/bus/pci/drivers/virtio-pci/unbind";
 const BIND_FUNCTION: &str = "echo 0000:01:00.0 > /sys/bus/pci/drivers/virtio-pci/bind";
 
@@ -603,7 +606,16 @@ fn never_reset(case: &mut Case) -> Result<()> {
 
     vm.run(UNBIND_FUNCTION)?;
     removal::cover(vm)?;
-    vm.run(BIND_FUNCTION)?;
+    // Left behind by somebody who had the function before.
+    vm.run(&format!(
+        "printf '\\006' | dd of={FUNCTION}/config bs=1 seek=4 conv=notrunc"
+    ))?;
+    ensure!(reaches_memory(vm)?, "nobody takes that away yet");
+    let binder = vm.start_program(&["sh", "-c", BIND_FUNCTION])?;
+    vm.run("until grep -q virtio-pci-modern /proc/iomem; do :; done")?;
+    expect_said(vm, STUCK, 3)?;
+    ensure!(!reaches_memory(vm)?, "it has not been reset");
+    vm.wait_end(binder)?;
     expect_said(vm, STUCK, 4)?;
     ensure!(!reaches_memory(vm)?, "it has not been reset");
     vm.run("! [ -e /dev/dri/card0 ]")?;
@@ -617,7 +629,7 @@ fn never_reset(case: &mut Case) -> Result<()> {
 /// Whether the GPU's function is a bus master.
 fn reaches_memory(vm: &mut Vm) -> Result<bool> {
     const MASTER: u16 = 1 << 2;
-    let command = vm.run("od -An -tx2 -j4 -N2 /sys/bus/pci/devices/0000:01:00.0/config")?;
+    let command = vm.run(&format!("od -An -tx2 -j4 -N2 {FUNCTION}/config"))?;
     let command = u16::from_str_radix(command.trim(), 16).with_context(|| command.clone())?;
     Ok(command & MASTER != 0)
 }
