@@ -525,8 +525,8 @@ fn full_ring(case: &mut Case) -> Result<()> {
         let record = down_unanswered(vm, sleep, DRIVER, |vm| {
             vm.say(holder, "release")?;
             vm.host()?.wait_faults(RING)?;
-            // What a work item of the kernel's waits for now is room in the ring.
-            vm.run("until grep -q '(kworker/.*) D ' /proc/[0-9]*/stat 2>/dev/null; do :; done")?;
+            // The function in which a commit waits for room is the driver's.
+            vm.run("until grep -q virtgpu_rs /proc/[0-9]*/wchan 2>/dev/null; do :; done")?;
             Ok(())
         })?;
 
