@@ -30,6 +30,19 @@ const DRIVERS: &[(&str, RGBColor)] = &[
     (MEASURED, RGBColor(200, 80, 30)),
 ];
 
+/// Who restores, on which host (the end of the operation's name), and what that is called.
+const RESTORES: &[(&str, &str, &str, RGBColor)] = &[
+    (REFERENCE, "", "c", RGBColor(120, 120, 120)),
+    (MEASURED, "", "rust, recovery", RGBColor(200, 80, 30)),
+    (MEASURED, "_kept", "rust, FREEZING", RGBColor(30, 90, 200)),
+    (
+        MEASURED,
+        "_not_reset",
+        "rust, not reset",
+        RGBColor(40, 150, 80),
+    ),
+];
+
 const SIZE: (u32, u32) = (1600, 1200);
 
 /// Draws the instructions of every operation, and restore by the number of buffers.
@@ -127,16 +140,17 @@ fn bars(area: &Area<'_, '_>, figures: &Figures, metric: &str, title: &str) -> Re
 }
 
 fn lines(area: &Area<'_, '_>, figures: &Figures, metric: &str, title: &str) -> Result<()> {
-    let points = |driver: &'static str| -> Vec<(f64, f64)> {
+    let points = |driver: &'static str, host: &str| -> Vec<(f64, f64)> {
         let of = |operation: &String| {
-            let buffers = operation.strip_prefix("restore_")?.parse().ok()?;
+            let buffers = operation.strip_prefix("restore_")?.strip_suffix(host)?;
+            let buffers = buffers.parse().ok()?;
             Some((buffers, figures.get(operation, driver, metric)?))
         };
         figures.operations.iter().filter_map(of).collect()
     };
-    let all: Vec<_> = DRIVERS
+    let all: Vec<_> = RESTORES
         .iter()
-        .flat_map(|(driver, _)| points(driver))
+        .flat_map(|(driver, host, ..)| points(driver, host))
         .collect();
     if all.is_empty() {
         return Ok(());
@@ -160,8 +174,8 @@ fn lines(area: &Area<'_, '_>, figures: &Figures, metric: &str, title: &str) -> R
         .y_label_formatter(&|value| figures::short(*value))
         .label_style((FAMILY, 15))
         .draw()?;
-    for (driver, colour) in DRIVERS {
-        let points = points(driver);
+    for (driver, host, name, colour) in RESTORES {
+        let points = points(driver, host);
         chart.draw_series(
             points
                 .iter()
@@ -169,7 +183,7 @@ fn lines(area: &Area<'_, '_>, figures: &Figures, metric: &str, title: &str) -> R
         )?;
         chart
             .draw_series(LineSeries::new(points, colour.stroke_width(2)))?
-            .label(*driver)
+            .label(*name)
             .legend(|(x, y)| Rectangle::new([(x, y - 6), (x + 16, y + 6)], colour.filled()));
     }
     legend(&mut chart)
