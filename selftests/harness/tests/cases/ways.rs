@@ -533,7 +533,10 @@ fn full_ring(case: &mut Case) -> Result<()> {
         let after = expect_full_ring(&record, RING)?;
         let off = commands(after)
             .position(|entry| entry.command == "SET_SCANOUT" && entry.args["resource_id"] == 0);
-        let flip = commands(after).position(|entry| entry.command == "TRANSFER_TO_HOST_2D");
+        // There may have been room for a part of it.
+        let flip = commands(after).position(|entry| {
+            ["TRANSFER_TO_HOST_2D", "RESOURCE_FLUSH"].contains(&entry.command.as_str())
+        });
         let waited = matches!((flip, off), (Some(flip), Some(off)) if flip < off);
         ensure!(
             waited,
