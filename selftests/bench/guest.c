@@ -3,10 +3,10 @@
  * The benchmark's part in the guest: does what a client of the display does, again and again between marks that the plugin sees.
  *
  * usage: virtgpu-bench operations
- *        virtgpu-bench suspend BUFFERS
+ *        virtgpu-bench suspend BUFFERS TIMES
  *
- * Each operation is reported with a line, "measured NAME COUNT NANOSECONDS" or "skipped NAME REASON", in the order of the marks. A
- * suspend stands between the lines "before" and "after", each of which is to be answered with a line.
+ * Each operation is reported with a line, "measured NAME COUNT NANOSECONDS" or "skipped NAME REASON", in the order of the marks. The
+ * line "before" comes before the first suspend. It, and the report of each suspend, are to be answered with a line.
  */
 
 #include <errno.h>
@@ -515,8 +515,8 @@ static int suspend_and_resume(void)
 	return result;
 }
 
-/* Suspends and resumes the devices while this many buffers of 1 MiB are alive, of which the first is on the screen. */
-static void run_suspend(int buffers)
+/* Suspends and resumes the devices, so many times, while this many buffers of 1 MiB are alive, of which the first is on the screen. */
+static void run_suspend(int buffers, int times)
 {
 	const struct operation operation = { "suspend", suspend_and_resume, 1 };
 
@@ -534,9 +534,10 @@ static void run_suspend(int buffers)
 	/* What is on the screen is looked at from the outside, before and after. */
 	printf("before\n");
 	getchar();
-	measure(&operation, 0);
-	printf("after\n");
-	getchar();
+	for (int i = 0; i < times; i++) {
+		measure(&operation, 0);
+		getchar();
+	}
 }
 
 int main(int argc, char **argv)
@@ -545,11 +546,11 @@ int main(int argc, char **argv)
 	if (argc == 2 && !strcmp(argv[1], "operations")) {
 		open_card();
 		run_operations();
-	} else if (argc == 3 && !strcmp(argv[1], "suspend")) {
+	} else if (argc == 4 && !strcmp(argv[1], "suspend")) {
 		open_card();
-		run_suspend(atoi(argv[2]));
+		run_suspend(atoi(argv[2]), atoi(argv[3]));
 	} else {
-		fprintf(stderr, "usage: virtgpu-bench operations | suspend BUFFERS\n");
+		fprintf(stderr, "usage: virtgpu-bench operations | suspend BUFFERS TIMES\n");
 		return 1;
 	}
 	return 0;

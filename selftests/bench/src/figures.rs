@@ -31,28 +31,30 @@ pub const SUSPEND_COLUMNS: &[(&str, &str)] = &[
     ("first_frame_us", "first right frame, µs"),
 ];
 
-/// Everything that was measured: operation, driver, metric, value.
+/// Everything that was measured: operation, driver, metric, and a value for each time.
 #[derive(Default)]
 pub struct Figures {
     /// In the order of measurement.
     pub operations: Vec<String>,
-    values: BTreeMap<(String, &'static str, String), f64>,
+    /// In ascending order.
+    values: BTreeMap<(String, &'static str, String), Vec<f64>>,
 }
 
 impl Figures {
-    /// Notes a value.
+    /// Notes a value, which may be one of several.
     pub fn add(&mut self, operation: &str, driver: &'static str, metric: &str, value: f64) {
         if !self.operations.iter().any(|known| known == operation) {
             self.operations.push(operation.into());
         }
         let key = (operation.into(), driver, metric.into());
-        self.values.insert(key, value);
+        let values = self.values.entry(key).or_default();
+        values.insert(values.partition_point(|other| *other <= value), value);
     }
 
-    /// Returns a value, if it was measured.
+    /// Returns the median of the values of a metric, if it was measured.
     pub fn get(&self, operation: &str, driver: &'static str, metric: &str) -> Option<f64> {
         let key = (operation.into(), driver, metric.into());
-        self.values.get(&key).copied()
+        self.values.get(&key).map(|values| median(values))
     }
 
     /// Whether an operation is about suspend.
@@ -62,14 +64,24 @@ impl Figures {
             .any(|prefix| operation.starts_with(prefix))
     }
 
-    /// Everything, a value a line.
+    /// Everything, a value a line: the median, and where the values differ the smallest and the largest.
     pub fn csv(&self) -> String {
         let mut text = String::from("operation,driver,metric,value\n");
         for operation in &self.operations {
-            for ((of, driver, metric), value) in &self.values {
-                if of == operation {
-                    writeln!(text, "{operation},{driver},{metric},{}", exact(*value))
+            for ((of, driver, metric), values) in &self.values {
+                if of != operation {
+                    continue;
+                }
+                let mut line = |suffix: &str, value: f64| {
+                    writeln!(text, "{of},{driver},{metric}{suffix},{}", exact(value))
                         .expect("a string takes it");
+                };
+                line("", median(values));
+                if let [min, .., max] = values[..]
+                    && min < max
+                {
+                    line("_min", min);
+                    line("_max", max);
                 }
             }
         }
@@ -122,6 +134,11 @@ impl Figures {
     }
 }
 
+/// The value in the middle of values in ascending order, of which there is one at least.
+fn median(values: &[f64]) -> f64 {
+    values[values.len() / 2]
+}
+
 fn cell(reference: Option<f64>, measured: Option<f64>) -> String {
     match (reference, measured) {
         (Some(c), Some(rust)) if c > 0.0 => {
@@ -162,6 +179,25 @@ mod tests {
         assert_eq!(short(1207.0), "1207");
         assert_eq!(short(33_812.0), "33.8 k");
         assert_eq!(short(5_480_000.0), "5.48 M");
+    }
+
+    #[test]
+    fn of_several_values_the_one_in_the_middle_counts() {
+        let mut figures = Figures::default();
+        for value in [30.0, 10.0, 90.0] {
+            figures.add("freeze", MEASURED, "kicks", value);
+        }
+        figures.add("freeze", MEASURED, "commands", 2.0);
+        figures.add("freeze", MEASURED, "commands", 2.0);
+        assert_eq!(figures.get("freeze", MEASURED, "kicks"), Some(30.0));
+        assert_eq!(
+            figures.csv(),
+            "operation,driver,metric,value\n\
+             freeze,rust,commands,2\n\
+             freeze,rust,kicks,30\n\
+             freeze,rust,kicks_min,10\n\
+             freeze,rust,kicks_max,90\n"
+        );
     }
 
     #[test]

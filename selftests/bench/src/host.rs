@@ -98,7 +98,10 @@ impl Reader<'_> {
     /// A mark, or a place in the guest's code.
     fn place(&mut self, what: &str, name: &str, clock: &str) -> Result<()> {
         match what {
-            "start" => self.current = Some(Interval::default()),
+            "start" => {
+                self.current = Some(Interval::default());
+                self.picture = None;
+            }
             "settled" => self
                 .intervals
                 .push(self.current.take().context("no start")?),
@@ -132,6 +135,7 @@ impl Reader<'_> {
                 "command" if entry.kick > self.kicks => break,
                 "command" => {
                     let resource = entry.args["resource_id"].as_u64();
+                    self.count(|traffic| traffic.bytes += entry.length + entry.room);
                     self.command(&entry.command.to_lowercase(), resource);
                 }
                 "interrupt" => self.count(|traffic| traffic.interrupts += 1),
@@ -263,7 +267,7 @@ mod tests {
         let record: Vec<Entry> = [
             r#"{"event":"command","kick":6,"command":"RESOURCE_FLUSH","args":{"resource_id":2}}"#,
             r#"{"event":"mark","text":"begin"}"#,
-            r#"{"event":"command","kick":7,"command":"SET_SCANOUT","args":{"resource_id":0}}"#,
+            r#"{"event":"command","kick":7,"length":48,"room":24,"command":"SET_SCANOUT","args":{"resource_id":0}}"#,
             r#"{"event":"interrupt","queue":"control"}"#,
             r#"{"event":"stop"}"#,
             r#"{"event":"command","kick":8,"command":"TRANSFER_TO_HOST_2D","args":{"resource_id":2}}"#,
@@ -288,6 +292,7 @@ mod tests {
         let intervals = parse(&[&[outside], &inside[..]].concat()).expect("it is well formed");
         let interval = &intervals[0];
         assert_eq!(interval.traffic.commands(), 4);
+        assert_eq!(interval.traffic.bytes, 72);
         assert_eq!(interval.traffic.interrupts, 1);
         assert_eq!(interval.spans[RESTORE].commands(), 3);
         assert_eq!(interval.spans[RESTORE].kicks, 1);

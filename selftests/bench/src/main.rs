@@ -63,6 +63,9 @@ use crate::symbols::{
 /// How long a measurement may take. Most take a second; the machine may be slow or busy.
 const LIMIT: Duration = Duration::from_secs(400);
 
+/// How often everything is measured. What is shown is the median.
+const TIMES: usize = 5;
+
 /// Measures the drivers side by side, prints a table, and leaves results.csv, results.png and profiles in VIRTGPU_RUN.
 #[derive(Parser)]
 #[command(version)]
@@ -156,6 +159,20 @@ struct Done {
     name: String,
     times: u64,
     nanoseconds: u64,
+}
+
+impl Done {
+    /// Reads the guest's report of an operation, if `line` is one.
+    fn parse(line: &str) -> Option<Self> {
+        match line.split(' ').collect::<Vec<_>>()[..] {
+            ["measured", name, times, nanoseconds] => Some(Self {
+                name: name.into(),
+                times: times.parse().ok()?,
+                nanoseconds: nanoseconds.parse().ok()?,
+            }),
+            _ => None,
+        }
+    }
 }
 
 /// What becomes of the host's side in suspend.
@@ -294,20 +311,18 @@ impl Bench {
 
     fn operations(&self, kernel: &Kernel, figures: &mut Figures) -> Result<()> {
         let mut guest = self.boot(kernel, "operations", "max", Host::Forgets)?;
-        let start = guest.vm.mark();
-        let program = guest.vm.start_program(&["virtgpu-bench", "operations"])?;
         let mut done = Vec::new();
-        for number in 0.. {
-            let Some(line) = line(&mut guest.vm, program, start, number)? else {
-                break;
-            };
-            match line.split(' ').collect::<Vec<_>>()[..] {
-                ["measured", name, times, nanoseconds] => done.push(Done {
-                    name: name.into(),
-                    times: times.parse()?,
-                    nanoseconds: nanoseconds.parse()?,
-                }),
-                _ => println!("  {line}"),
+        for _ in 0..TIMES {
+            let start = guest.vm.mark();
+            let program = guest.vm.start_program(&["virtgpu-bench", "operations"])?;
+            for number in 0.. {
+                let Some(line) = line(&mut guest.vm, program, start, number)? else {
+                    break;
+                };
+                match Done::parse(&line) {
+                    Some(operation) => done.push(operation),
+                    None => println!("  {line}"),
+                }
             }
         }
         guest.evaluate(&done, figures)
@@ -328,42 +343,45 @@ impl Bench {
         // Its text would be drawn anew, which takes ten times the instructions of all the rest.
         guest.vm.run("echo 0 > /sys/class/vtconsole/vtcon1/bind")?;
         let start = guest.vm.mark();
-        let argument = buffers.to_string();
+        let (alive, times) = (buffers.to_string(), TIMES.to_string());
         let program = guest
             .vm
-            .start_program(&["virtgpu-bench", "suspend", &argument])?;
-        let expect = |guest: &mut Guest<'_>, number, text: &str| -> Result<String> {
-            let line = line(&mut guest.vm, program, start, number)?.context("it has ended")?;
-            ensure!(line.starts_with(text), "'{line}' instead of '{text}'");
-            Ok(line)
+            .start_program(&["virtgpu-bench", "suspend", &alive, &times])?;
+        let next = |guest: &mut Guest<'_>, number| -> Result<String> {
+            line(&mut guest.vm, program, start, number)?.context("it has ended")
         };
-        expect(&mut guest, 0, "before")?;
+        let text = next(&mut guest, 0)?;
+        ensure!(text == "before", "'{text}' instead of 'before'");
         let drawn = drawn();
         screen::expect(&mut guest.vm, 0, "the first buffer", &drawn)?;
         if let Some(host) = &guest.vm.host {
             host.mark(host::BEGIN)?;
         }
-        guest.vm.say(program, "")?;
-        let line = expect(&mut guest, 1, "measured")?;
-        let words: Vec<_> = line.split(' ').collect();
-        let done = Done {
-            name: format!("suspend_{name}"),
-            times: 1,
-            nanoseconds: words.last().context("no time")?.parse()?,
-        };
         // C loses it, and there is nothing to wait for.
         let limit = match kernel.driver {
             Driver::C => Duration::ZERO,
             Driver::Rust => screen::SCREEN_LIMIT,
         };
-        let (after, right) = screen::watch(&mut guest.vm, 0, limit, |picture| *picture == drawn)?;
-        after.save(guest.vm.dir.join("after.png"))?;
-        ensure!(
-            right || kernel.driver == Driver::C,
-            "suspend_{name}: the screen is not what it was"
-        );
-        guest.evaluate(&[done], figures)?;
-        guest.evaluate_spans(&name, right, figures)
+        let (mut done, mut pictures) = (Vec::new(), Vec::new());
+        for number in 1..=TIMES {
+            guest.vm.say(program, "")?;
+            let text = next(&mut guest, number)?;
+            let operation = Done::parse(&text).with_context(|| format!("'{text}'"))?;
+            done.push(Done {
+                name: format!("suspend_{name}"),
+                ..operation
+            });
+            let (after, right) =
+                screen::watch(&mut guest.vm, 0, limit, |picture| *picture == drawn)?;
+            after.save(guest.vm.dir.join(format!("after-{number}.png")))?;
+            ensure!(
+                right || kernel.driver == Driver::C,
+                "suspend_{name}, time {number}: the screen is not what it was"
+            );
+            pictures.push(right);
+        }
+        guest.evaluate(&done, figures)?;
+        guest.evaluate_spans(&name, &pictures, figures)
     }
 }
 
@@ -437,27 +455,29 @@ impl Guest<'_> {
         Ok(())
     }
 
-    /// Notes the figures of the device's part of a suspend.
-    fn evaluate_spans(&self, case: &str, right: bool, figures: &mut Figures) -> Result<()> {
+    /// Notes the figures of the device's part of suspends, after each of which the picture was right or not.
+    fn evaluate_spans(&self, case: &str, pictures: &[bool], figures: &mut Figures) -> Result<()> {
         let (counted, arrived) = self.read()?;
-        let (counted, arrived) = (&counted[0], &arrived[0]);
-        for span in [host::FREEZE, host::RESTORE] {
-            let name = format!("{span}_{case}");
-            let traffic = arrived.spans.get(span).cloned().unwrap_or_default();
-            let seen = counted.spans.get(span).cloned();
-            // The C driver is not called for a device that is not reset.
-            ensure!(
-                seen.is_none() == (self.driver == Driver::C && self.host == Host::NotReset),
-                "{name} was seen, or not seen, against expectation"
-            );
-            let seen = seen.unwrap_or_default();
-            self.add(figures, &name, 1.0, &seen.counts, &traffic)?;
-            let clock = seen.before(u64::MAX) as f64 / 1e3;
-            figures.add(&name, self.name(), "clock_us", clock);
-            if span == host::RESTORE {
-                figures.add(&name, self.name(), "picture_right", right.into());
+        for ((counted, arrived), right) in counted.iter().zip(&arrived).zip(pictures) {
+            for span in [host::FREEZE, host::RESTORE] {
+                let name = format!("{span}_{case}");
+                let traffic = arrived.spans.get(span).cloned().unwrap_or_default();
+                let seen = counted.spans.get(span).cloned();
+                // The C driver is not called for a device that is not reset.
+                ensure!(
+                    seen.is_none() == (self.driver == Driver::C && self.host == Host::NotReset),
+                    "{name} was seen, or not seen, against expectation"
+                );
+                let seen = seen.unwrap_or_default();
+                self.add(figures, &name, 1.0, &seen.counts, &traffic)?;
+                let clock = seen.before(u64::MAX) as f64 / 1e3;
+                figures.add(&name, self.name(), "clock_us", clock);
+                if span != host::RESTORE {
+                    continue;
+                }
+                figures.add(&name, self.name(), "picture_right", (*right).into());
                 if let Some(frame) = arrived.first_frame
-                    && right
+                    && *right
                 {
                     let clock = seen.before(frame) as f64 / 1e3;
                     figures.add(&name, self.name(), "first_frame_us", clock);

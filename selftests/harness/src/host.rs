@@ -67,6 +67,11 @@ pub struct Entry {
     /// How often the guest had notified the host by then, on the command's queue.
     #[serde(default)]
     pub kick: u64,
+    /// Bytes of the command, and of the room for its answer.
+    #[serde(default)]
+    pub length: u64,
+    #[serde(default)]
+    pub room: u64,
     /// The answer's type, without `VIRTIO_GPU_RESP_`.
     #[serde(default)]
     pub response: String,

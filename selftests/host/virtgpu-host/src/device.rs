@@ -420,6 +420,8 @@ impl Device {
         line.insert("n".into(), json!(self.number));
         line.insert("queue".into(), json!(incoming.queue.name()));
         line.insert("kick".into(), json!(incoming.kick));
+        line.insert("length".into(), json!(incoming.bytes.len()));
+        line.insert("room".into(), json!(incoming.capacity));
         let (kind, header) = match &decoded {
             Ok((request, _)) => (request.command.kind(), request.header),
             Err(DecodeError::NoHeader) => (0, Header::default()),
