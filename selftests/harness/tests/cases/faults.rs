@@ -39,7 +39,7 @@ use crate::identity::is_built_in;
 const SIZE: (u32, u32) = (640, 480);
 
 /// Everything that a rule of the host can do wrong.
-const FAULTS: [&str; 11] = [
+const FAULTS: [&str; 12] = [
     "error 0x1200",
     "error 0x1201",
     "error 0x1203",
@@ -51,6 +51,7 @@ const FAULTS: [&str; 11] = [
     "no answer",
     "token twice",
     "bad descriptor id",
+    "open chain",
 ];
 
 /// How many of a thousand commands go wrong at random: one or two in the life of a driver.
@@ -471,7 +472,7 @@ fn names(phase: Phase, command: &str, fault: &str) -> (Vec<String>, bool) {
             (Phase::Freeze, "RESOURCE_CREATE_2D") | (Phase::Restore, "RESOURCE_UNREF")
         );
     let text: &[&str] = match fault {
-        "wrong fence id" | "answer after 2 s" => return (Vec::new(), true),
+        "wrong fence id" | "answer after 2 s" | "open chain" => return (Vec::new(), true),
         // There is nothing but a header.
         "garbage" if !has_data => return (Vec::new(), true),
         // Sizes that make no sense are nobody's but the display's.

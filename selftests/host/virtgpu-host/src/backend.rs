@@ -133,6 +133,10 @@ impl State {
             }
         }
         let ring = &self.rings[token.queue];
+        let opened = match answer.open {
+            true => open_chain(ring, mem, token.head),
+            false => Ok(()),
+        };
         let mut given = Ok(());
         for _ in 0..answer.times {
             given = match answer.id {
@@ -140,9 +144,9 @@ impl State {
                 Some(id) => push_used(ring, mem, id, answer.used),
             };
         }
-        if let Err(error) = given {
+        if let Err(error) = opened.and(given) {
             self.device
-                .blame("ring", &format!("the used ring cannot be written: {error}"));
+                .blame("ring", &format!("the ring cannot be written: {error}"));
         }
         if answer.promise {
             self.device.promise();
@@ -172,6 +176,36 @@ impl State {
                 .line("interrupt", json!({ "queue": name }));
         }
     }
+}
+
+/// Has a chain of descriptors go on where it ends. A host must not write to them, and can.
+fn open_chain(
+    ring: &Ring,
+    mem: &GuestMemoryMmap,
+    mut index: u16,
+) -> Result<(), virtio_queue::Error> {
+    const NEXT: u16 = 1;
+    let (table, size) = {
+        let state = ring.get_ref();
+        (state.get_queue().desc_table(), state.get_queue().size())
+    };
+    for _ in 0..size {
+        let flags = GuestAddress(table + u64::from(index) * 16 + 12);
+        let old: u16 = mem
+            .read_obj(flags)
+            .map_err(virtio_queue::Error::GuestMemory)?;
+        if u16::from_le(old) & NEXT == 0 {
+            let new = (u16::from_le(old) | NEXT).to_le();
+            return mem
+                .write_obj(new, flags)
+                .map_err(virtio_queue::Error::GuestMemory);
+        }
+        let next: u16 = mem
+            .read_obj(GuestAddress(flags.0 + 2))
+            .map_err(virtio_queue::Error::GuestMemory)?;
+        index = u16::from_le(next) % size;
+    }
+    Ok(())
 }
 
 /// Writes an entry of the used ring whose id is no descriptor's, which the crate refuses to do.

@@ -117,6 +117,8 @@ pub struct Answer {
     pub times: u32,
     /// Under this id, instead of its own. With `Some(None)`, any that is none.
     pub id: Option<Option<u32>>,
+    /// With the chain of descriptors going on.
+    pub open: bool,
     /// This is the promise to keep everything: call [`Device::promise`] when it was given.
     pub promise: bool,
 }
@@ -654,6 +656,7 @@ impl Device {
             delay: Some(Duration::ZERO),
             times: 1,
             id: None,
+            open: false,
             promise: promise && matches!(fault, None | Some(Action::Late(_))),
         };
         if let Some(action) = fault {
@@ -718,6 +721,7 @@ impl Device {
             }
             Action::Twice => answer.times = 2,
             Action::BadId(id) => answer.id = Some(id),
+            Action::OpenChain => answer.open = true,
             Action::Garbage(from) => {
                 answer.bytes.resize(capacity.min(65536), 0);
                 for byte in answer.bytes.iter_mut().skip(from.unwrap_or(HEADER_SIZE)) {

@@ -36,6 +36,8 @@ pub enum Action {
     Twice,
     /// `bad descriptor id` or `bad descriptor id 70000`: other buffers are given back.
     BadId(Option<u32>),
+    /// `open chain`: the chain of descriptors goes on when it is given back.
+    OpenChain,
     /// `garbage` or `garbage from 32`: random bytes from there on, or after the answer's header.
     Garbage(Option<usize>),
 }
@@ -53,6 +55,7 @@ impl fmt::Display for Action {
             Action::Twice => write!(f, "token twice"),
             Action::BadId(None) => write!(f, "bad descriptor id"),
             Action::BadId(Some(id)) => write!(f, "bad descriptor id {id}"),
+            Action::OpenChain => write!(f, "open chain"),
             Action::Garbage(None) => write!(f, "garbage"),
             Action::Garbage(Some(from)) => write!(f, "garbage from {from}"),
         }
@@ -104,6 +107,7 @@ impl FromStr for Action {
             ["token", "twice"] => Ok(Action::Twice),
             ["bad", "descriptor", "id"] => Ok(Action::BadId(None)),
             ["bad", "descriptor", "id", id] => number32(id).map(|id| Action::BadId(Some(id))),
+            ["open", "chain"] => Ok(Action::OpenChain),
             ["garbage"] => Ok(Action::Garbage(None)),
             ["garbage", "from", from] => {
                 number32(from).map(|from| Action::Garbage(Some(from as usize)))
@@ -285,7 +289,7 @@ impl Faults {
 
     fn invent(&mut self) -> Action {
         let random = &mut self.random;
-        match random.below(9) {
+        match random.below(10) {
             0 => Action::Error(ResponseType::ErrUnspec as u32 + random.below(6) as u32),
             1 => Action::NoAnswer,
             2 => Action::Late(Duration::from_millis(random.below(3000))),
@@ -294,6 +298,7 @@ impl Faults {
             5 => Action::WrongFence,
             6 => Action::Twice,
             7 => Action::BadId(None),
+            8 => Action::OpenChain,
             _ => Action::Garbage(None),
         }
     }

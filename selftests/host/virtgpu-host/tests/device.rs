@@ -934,9 +934,10 @@ fn faults_spoil_answers() {
     assert_eq!(spoilt("token twice").times, 2);
     assert_eq!(spoilt("bad descriptor id").id, Some(None));
     assert_eq!(spoilt("bad descriptor id 9").id, Some(Some(9)));
+    assert!(spoilt("open chain").open);
     assert_eq!(spoilt("garbage").bytes.len(), 2048);
-    assert_eq!(guest.device.record.injected.len(), 10);
-    assert_eq!(guest.device.record.counters["faults"], 10);
+    assert_eq!(guest.device.record.injected.len(), 11);
+    assert_eq!(guest.device.record.counters["faults"], 11);
     assert!(guest.rules().is_empty());
 }
 

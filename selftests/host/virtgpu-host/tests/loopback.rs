@@ -354,6 +354,16 @@ fn faults_reach_the_ring() {
     assert_eq!(wait_for(|| guest.next_used()).0, 70000);
     guest.ctl("clear");
 
+    guest.ctl("fault GET_EDID: open chain");
+    guest.post(0, edid);
+    assert_eq!(wait_for(|| guest.next_used()).0, 0);
+    let flags = |descriptor: u64| -> u16 {
+        let place = guest.queues[0].base + descriptor * 16 + 12;
+        guest.mem.read_obj(GuestAddress(place)).unwrap()
+    };
+    assert_eq!((flags(0), flags(1)), (1, 2 | 1));
+    guest.ctl("clear");
+
     guest.ctl("fault GET_EDID: used length 3");
     guest.post(0, edid);
     assert_eq!(wait_for(|| guest.next_used()), (0, 3));
@@ -365,7 +375,7 @@ fn faults_reach_the_ring() {
     guest.post(1, info);
     assert_eq!(wait_for(|| guest.next_used()).0, 2);
     assert_eq!(guest.next_used(), None);
-    assert_eq!(guest.ctl("faults").as_array().unwrap().len(), 6);
+    assert_eq!(guest.ctl("faults").as_array().unwrap().len(), 7);
     assert!(guest.rules().is_empty());
     // What is not answered is not answered after the reset either.
     guest.ctl("clear");
