@@ -59,6 +59,7 @@ use crate::{
         CPP, //
     },
     queue::{
+        is_lost,
         Who,
         CTRL, //
     },
@@ -180,11 +181,6 @@ pub(crate) fn refresh(drm: &Device) -> Result<bool> {
     Ok(changed)
 }
 
-/// Whether a command has failed because the device has to be reset, is reset, or is gone.
-fn is_lost(error: Error) -> bool {
-    [EIO, ECANCELED, ENODEV].contains(&error)
-}
-
 /// Returns whether the host says that its displays have changed since this was last called.
 pub(crate) fn take_event(drm: &Device) -> bool {
     let Some(dev) = drm.queue.device() else {
@@ -239,6 +235,7 @@ impl kms::Driver for DrmDriver {
 
 /// A framebuffer, as part of the resource that it lies in.
 struct Picture<'a> {
+    fb: &'a Framebuffer<DrmDriver>,
     object: &'a shmem::Object<Object>,
     resource: &'a Resource,
     pitch: u32,
@@ -270,6 +267,7 @@ impl<'a> Picture<'a> {
         } = fb.plane(0)?;
 
         Some(Self {
+            fb,
             object,
             resource: object.resource()?,
             pitch,
@@ -290,7 +288,7 @@ impl<'a> Picture<'a> {
     /// Has the host fetch a part of the resource, show it if it does not, and bring it onto the
     /// screen. Nothing more is sent after what could not be.
     fn send(&self, drm: &Device, damage: Rect, scanout: u32, shown: Option<Shown>) -> Result {
-        self.sync(drm)?;
+        self.sync()?;
         if !self.resource.is_complete() {
             self.object.complete()?;
         }
@@ -303,20 +301,18 @@ impl<'a> Picture<'a> {
     }
 
     /// Lets the host see what the CPU has drawn, where that takes more than to draw it.
-    fn sync(&self, drm: &Device) -> Result {
+    fn sync(&self) -> Result {
+        let drm = self.fb.dev();
+
         if !drm.features.dma_addresses {
             return Ok(());
         }
-        let dev = match drm.queue.device() {
-            Some(dev) => dev,
-            None => {
-                // As the command that follows this would.
-                drm.queue.wait_turn(Who::Kernel)?;
-                drm.queue.device().ok_or(ENODEV)?
-            }
-        };
 
-        self.object.sync_for_device(dev.parent())
+        // The memory is mapped as long as the driver is bound, whatever becomes of the queues. The
+        // guard is not held over the commands, which may wait.
+        let drm = drm.registration_guard().ok_or(ENODEV)?;
+
+        self.object.sync_for_device(drm.as_ref())
     }
 }
 

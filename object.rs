@@ -48,6 +48,7 @@ use crate::{
         Held,
         Queue,
         Tally,
+        Turn,
         Who,
         CTRL, //
     },
@@ -99,8 +100,16 @@ impl Resource {
     }
 
     /// Tells the host what is still missing, with `fill` the contents, too, as far as there is
-    /// room: [`EAGAIN`] if there was none. The caller holds [`Resources::live`].
-    fn tell(&self, queue: &Queue, fill: bool, who: Who, tally: Option<&Arc<Tally>>) -> Result {
+    /// room: [`EAGAIN`] if there was none, as from [`Queue::try_submit`]. The caller holds
+    /// [`Resources::live`].
+    fn tell(
+        &self,
+        queue: &Queue,
+        fill: bool,
+        who: Who,
+        tally: Option<&Arc<Tally>>,
+        turn: &mut Turn,
+    ) -> Result {
         loop {
             let told = self.told.load(Relaxed);
             let sent = match told {
@@ -114,18 +123,21 @@ impl Resource {
                     None,
                     tally,
                     who,
+                    turn,
                 ),
                 CREATED => queue.try_submit(
                     &command::resource_attach_backing(self.id, self.nr_entries),
                     Some(&self.backing),
                     tally,
                     who,
+                    turn,
                 ),
                 BACKED if fill => queue.try_submit(
                     &command::transfer_to_host_2d(self.id, 0, self.all()),
                     None,
                     tally,
                     who,
+                    turn,
                 ),
                 BACKED => Ok(()),
                 _ => return Ok(()),
@@ -166,7 +178,7 @@ pub(crate) type Screens = [Shown; uapi::MAX_SCANOUTS];
 pub(crate) struct Resources {
     queue: Queue,
     /// Ids are not used again: a host that is slow to forget must not mix up two resources.
-    next_id: Atomic<u32>,
+    next_id: Atomic<u64>,
     #[pin]
     live: Mutex<RBTree<u32, Arc<Resource>>>,
 }
@@ -191,12 +203,10 @@ impl Resources {
         backing: KVVec<uapi::MemEntry>,
     ) -> Result<Arc<Resource>> {
         // Until there have been four billion. The sentinel is never given away.
-        let id = self.next_id.fetch_add(1, Relaxed);
-        if id == 0 || id == SENTINEL {
-            self.next_id.store(SENTINEL, Relaxed);
-            return Err(ENOSPC);
-        }
-
+        let id = u32::try_from(self.next_id.fetch_add(1, Relaxed))
+            .ok()
+            .filter(|id| *id != SENTINEL)
+            .ok_or(ENOSPC)?;
         let nr_entries = u32::try_from(backing.len())?;
 
         Ok(Arc::new(
@@ -217,17 +227,8 @@ impl Resources {
     fn add(&self, resource: &Arc<Resource>) -> Result {
         // Before the lock is taken, which who frees memory takes as well.
         let node = RBTreeNode::new(resource.id, resource.clone(), GFP_KERNEL)?;
-        let mut live = self.live.lock();
-
-        live.insert(node);
-        match resource.tell(&self.queue, false, Who::Ioctl, None) {
-            Err(e) if e == EAGAIN => {
-                drop(live);
-                self.queue.wait_turn(Who::Ioctl)?;
-                self.make(resource.id, false, Who::Ioctl, None).map(drop)
-            }
-            result => result,
-        }
+        self.live.lock().insert(node);
+        self.make(resource.id, false, Who::Ioctl, None).map(drop)
     }
 
     /// Has the host make a resource, with `fill` from the contents of its backing, too. It learns
@@ -236,18 +237,20 @@ impl Resources {
     /// Returns whether there is such a resource. The lock is not held while this waits: recovery
     /// may get in between, and do part of it.
     fn make(&self, id: u32, fill: bool, who: Who, tally: Option<&Arc<Tally>>) -> Result<bool> {
+        let mut turn = Turn::default();
+
         loop {
             let live = self.live.lock();
             let Some(resource) = live.get(&id) else {
                 return Ok(false);
             };
 
-            match resource.tell(&self.queue, fill, who, tally) {
+            match resource.tell(&self.queue, fill, who, tally, &mut turn) {
                 Err(e) if e == EAGAIN => {}
                 result => return result.map(|()| true),
             }
             drop(live);
-            self.queue.wait_turn(who)?;
+            self.queue.wait_turn(who, &mut turn)?;
         }
     }
 

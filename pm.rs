@@ -55,6 +55,7 @@ use crate::{
         SENTINEL, //
     },
     queue::{
+        is_lost,
         Gate,
         Tally,
         Who,
@@ -211,20 +212,28 @@ fn quiesce(drm: &Device) -> Result<MutexGuard<'_, State>> {
     }
 
     let queue = &drm.queue;
-    let display = drm.has_display().then(|| *drm.screens.lock());
+    let display = match state.display.take() {
+        // Before a reset by which the device came back, while everything else goes to sleep.
+        Some(screens) => Some(screens),
+        None if drm.has_display() => {
+            let screens = *drm.screens.lock();
 
-    if display.is_some() {
-        // Not under the lock: a device that breaks now is mended meanwhile, by `config_changed`.
-        drop(state);
-        drm.suspend().inspect_err(|e| {
-            dev_err!(
-                drm.as_ref(),
-                "*ERROR* cannot suspend the display: {:?}\n",
-                e
-            );
-        })?;
-        state = drm.pm.lock();
-    }
+            // Not under the lock: a device that breaks now is mended meanwhile, by
+            // `config_changed`.
+            drop(state);
+            drm.suspend().inspect_err(|e| {
+                dev_err!(
+                    drm.as_ref(),
+                    "*ERROR* cannot suspend the display: {:?}\n",
+                    e
+                );
+            })?;
+            state = drm.pm.lock();
+            Some(screens)
+        }
+        None => None,
+    };
+
     if state.stage == Stage::Awake {
         mend(drm, &mut state);
     }
@@ -516,7 +525,7 @@ fn revive(drm: &Device, state: &mut State, reset: bool) -> Result {
 
         if let Err(e) = told {
             // It is told again, if it has not heard of it.
-            state.promised = [ECANCELED, EIO, ENODEV, ENOMEM].contains(&e);
+            state.promised = is_lost(e) || e == ENOMEM;
             dev_err!(
                 drm.as_ref(),
                 "*ERROR* the host was not told of the resume: {:?}\n",

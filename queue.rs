@@ -2,7 +2,8 @@
 
 //! The engine: commands go to the host and answers come back.
 //!
-//! Every command goes through one door, [`Queue::submit`], and stands before one gate, [`Gate`].
+//! Every command stands before one gate, [`Gate`], and goes through one door, [`Queue::submit`] and
+//! its like; only [`Queue::unref`], which must not fail, has one of its own.
 //! What the host has been given is a [`Token`] in the virtqueue, and stays one until the host
 //! returns it or the device has been reset; either way [`Token::complete`] runs, once, and that is
 //! where answers are checked, waiters woken and memory released. Nothing is fire-and-forget: a
@@ -607,6 +608,20 @@ impl Question {
     }
 }
 
+/// Whether a command has failed because the device has to be reset, is reset, or is gone.
+pub(crate) fn is_lost(error: Error) -> bool {
+    [EIO, ECANCELED, ENODEV].contains(&error)
+}
+
+/// Where somebody stands who is sent away by [`Queue::try_submit`], waits, and tries again.
+#[derive(Default)]
+pub(crate) struct Turn {
+    /// What remains of the time to wait. Nothing before the first time.
+    left: Option<Jiffies>,
+    /// [`QueueState::returned`] when the ring was full, nothing if the gate was closed.
+    full: Option<u32>,
+}
+
 /// A queue, locked.
 type Guard<'a> = virtio::queue::Guard<'a, Token, QueueState>;
 
@@ -654,7 +669,7 @@ impl Queue {
     pub(crate) fn stop(&self, drain: bool, last: Gate) {
         let engine = self.0.handler();
 
-        if drain && !self.drain() {
+        if drain && !self.drain() && !self.is_broken() {
             dev_err!(
                 engine.dev,
                 "*ERROR* the host did not answer {} commands within {} ms\n",
@@ -764,7 +779,7 @@ impl Queue {
     }
 
     /// Waits until the host has answered everything, whoever may still issue commands: as long as
-    /// it goes on answering, and [`TIMEOUT_MS`] after the last answer.
+    /// it goes on answering, and [`TIMEOUT_MS`] after the last answer. Not for a device that is gone.
     pub(crate) fn wait_idle(&self) -> bool {
         let engine = self.0.handler();
 
@@ -776,7 +791,7 @@ impl Queue {
             let mut before = guard.in_flight();
 
             while guard.in_flight() > 0 {
-                if left == 0 || guard.is_broken() {
+                if left == 0 || guard.is_broken() || guard.state().gate == Gate::Gone {
                     return false;
                 }
                 guard.state().sleepers += 1;
@@ -852,20 +867,21 @@ impl Queue {
             &mut Response::Inline(C::ANSWER_LEN),
             Token::unattended::<C>(tally),
             who,
-            true,
+            None,
         )
     }
 
     /// Like [`Queue::submit`], but does not wait, and may have a payload.
     ///
     /// Errors: likewise, and [`EAGAIN`] where it would have to wait. Somebody who can wait calls
-    /// [`Queue::wait_turn`] then, and tries again.
+    /// [`Queue::wait_turn`] with the same `turn` then, and tries again.
     pub(crate) fn try_submit<C: Command>(
         &self,
         command: &C,
         payload: Option<&Arc<Payload>>,
         tally: Option<&Arc<Tally>>,
         who: Who,
+        turn: &mut Turn,
     ) -> Result {
         const { assert!(C::ANSWER_LEN <= virtio::queue::RESPONSE_INLINE) };
 
@@ -875,10 +891,11 @@ impl Queue {
             &mut Response::Inline(C::ANSWER_LEN),
             Token::unattended::<C>(tally),
             who,
-            false,
+            Some(turn),
         )
     }
 
+    /// Puts a command into the control queue. Waits, unless there is a `turn` to wait for later.
     fn submit_bytes(
         &self,
         command: &[u8],
@@ -886,9 +903,9 @@ impl Queue {
         response: &mut Response,
         mut token: Token,
         who: Who,
-        wait: bool,
+        turn: Option<&mut Turn>,
     ) -> Result {
-        let mut wait_for = None;
+        let mut left = None;
         let mut guard = self.0.lock(CTRL);
 
         loop {
@@ -905,11 +922,12 @@ impl Queue {
                 ControlFlow::Break(error) => return Err(error),
             };
 
-            if !wait {
+            if let Some(turn) = turn {
+                turn.full = full.then(|| guard.state().returned);
                 return Err(EAGAIN);
             }
 
-            guard = self.wait_to_enter(guard, full, who, &mut wait_for)?;
+            guard = self.wait_to_enter(guard, full, who, &mut left)?;
         }
     }
 
@@ -923,20 +941,14 @@ impl Queue {
         who: Who,
         left: &mut Option<Jiffies>,
     ) -> Result<Guard<'a>> {
-        let remaining = match *left {
-            Some(remaining) => remaining,
-            None => {
-                *left = Some(msecs_to_jiffies(TIMEOUT_MS));
-                // The host may not have been told of what fills the ring. Once: whether it wants to
-                // be told does not depend on whether there is anything new, without event index.
-                if full && guard.kick_prepare() {
-                    drop(guard);
-                    self.0.notify(CTRL);
-                    return Ok(self.0.lock(CTRL));
-                }
-                msecs_to_jiffies(TIMEOUT_MS)
-            }
-        };
+        let remaining = left.unwrap_or_else(|| msecs_to_jiffies(TIMEOUT_MS));
+
+        // The host may not have been told of what fills the ring.
+        if full && guard.kick_prepare() {
+            drop(guard);
+            self.0.notify(CTRL);
+            return Ok(self.0.lock(CTRL));
+        }
 
         guard.state().may_wait(full, remaining)?;
         *left = Some(if full {
@@ -971,7 +983,7 @@ impl Queue {
         let reply = Arc::pin_init(new_spinlock!(None), GFP_KERNEL)?;
         let token = Token::new::<C>(Done::Reply(reply.clone()));
 
-        self.submit_bytes(command.as_bytes(), None, &mut response, token, who, true)?;
+        self.submit_bytes(command.as_bytes(), None, &mut response, token, who, None)?;
         Ok(Question {
             command: C::TYPE,
             reply,
@@ -980,13 +992,9 @@ impl Queue {
 
     /// Waits until [`Queue::try_submit`] may have a better chance.
     ///
-    /// Context and errors: as for [`Queue::submit`].
-    pub(crate) fn wait_turn(&self, who: Who) -> Result {
-        self.kick(CTRL);
-
-        let mut left = msecs_to_jiffies(TIMEOUT_MS);
+    /// Context and errors: as for [`Queue::submit`]. The time is that of all waits for this `turn`.
+    pub(crate) fn wait_turn(&self, who: Who, turn: &mut Turn) -> Result {
         let mut guard = self.0.lock(CTRL);
-        let mut waited = false;
 
         loop {
             let admitted = match guard.state().gate.admit(who) {
@@ -998,17 +1006,14 @@ impl Queue {
                 if guard.is_broken() {
                     return Err(EIO);
                 }
-                if waited || guard.in_flight() == 0 {
+                // Something has come back since, or the gate was opened, or there is nothing that
+                // could come back.
+                if turn.full != Some(guard.state().returned) || guard.in_flight() == 0 {
                     return Ok(());
                 }
             }
-            guard.state().may_wait(admitted, left)?;
-            left = if admitted {
-                self.sleep(&mut guard, left, who)?
-            } else {
-                self.sleep_outside(&mut guard, left, who)?
-            };
-            waited = left > 0;
+            guard = self.wait_to_enter(guard, admitted, who, &mut turn.left)?;
+            turn.full = None;
         }
     }
 

@@ -702,15 +702,19 @@ impl Device<device::Core<'_>> {
 impl Device<device::Bound> {
     /// Returns a bound reference to the parent [`device::Device`], to which the transport is bound:
     /// a PCI function, for instance.
+    ///
+    /// It is bound for longer than the driver: what a driver ties to it, a
+    /// [`Devres`](crate::devres::Devres) for one, has to be dropped before the driver's module is.
     pub fn parent(&self) -> &device::Device<device::Bound> {
         // SAFETY: By the type invariant `self.as_raw()` is a valid pointer to a
-        // `struct virtio_device`. Every transport registers it as a child of the device that the
-        // transport is bound to, and a device holds a reference to its parent.
+        // `struct virtio_device`. Every transport registers it as a child of a device, and that
+        // holds a reference to its parent.
         let parent: &device::Device =
             unsafe { device::Device::from_raw((*self.as_raw()).dev.parent) };
 
-        // SAFETY: The transport unregisters the virtio device before it is unbound from the
-        // parent. A virtio device that is bound to a driver hence has a bound parent.
+        // SAFETY: The parent is the device that the transport is bound to, or with vDPA the one that
+        // does its DMA, whose driver removes the vDPA device. Either unregisters the virtio device
+        // before it is unbound. A virtio device that is bound to a driver hence has a bound parent.
         unsafe { parent.as_bound() }
     }
 
@@ -842,7 +846,7 @@ impl Device<device::Bound> {
     /// told yet.
     ///
     /// Needed only by a driver that uses them before [`Driver::probe`] or [`Driver::restore`] is
-    /// over. Process context.
+    /// over. Process context, and not while somebody else does, or resets the device.
     pub fn ready(&self) {
         // Not the device is asked, which may say what it likes.
         //
@@ -850,7 +854,7 @@ impl Device<device::Bound> {
         // `struct virtio_device`. The field changes when the device is reset or made ready: the
         // core does that around the driver's callbacks, and `Virtqueues::restart()` and its caller
         // between them.
-        let told = unsafe { (*self.as_raw()).ready };
+        let told = unsafe { (&raw const (*self.as_raw()).ready).read_volatile() };
 
         if !told {
             // SAFETY: As above. Reading and writing the status is up to the transport at any time.

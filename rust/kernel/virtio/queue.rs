@@ -403,6 +403,8 @@ impl Ring {
 struct Connected<T> {
     ring: Ring,
     tokens: KVVec<Option<T>>,
+    /// Something was added since [`Guard::kick_prepare`] was called last.
+    added: bool,
 }
 
 impl<T> Connected<T> {
@@ -414,7 +416,11 @@ impl<T> Connected<T> {
         }
 
         // INVARIANT: As many were pushed.
-        Ok(Self { ring, tokens })
+        Ok(Self {
+            ring,
+            tokens,
+            added: false,
+        })
     }
 }
 
@@ -506,7 +512,12 @@ impl<T, S: Unpin> Guard<'_, T, S> {
         response: &mut Response,
         token: T,
     ) -> Result<(), AddError<T>> {
-        let Some(Connected { ring, tokens }) = &mut self.0.connected else {
+        let Some(Connected {
+            ring,
+            tokens,
+            added,
+        }) = &mut self.0.connected
+        else {
             return Err(AddError {
                 error: ENODEV,
                 token,
@@ -516,6 +527,7 @@ impl<T, S: Unpin> Guard<'_, T, S> {
         match ring.add(request, payload, response) {
             Ok(slot) => {
                 tokens[slot] = Some(token);
+                *added = true;
                 Ok(())
             }
             Err(error) => Err(AddError { error, token }),
@@ -523,13 +535,15 @@ impl<T, S: Unpin> Guard<'_, T, S> {
     }
 
     /// Returns whether the device has to be notified of what was added since the last call, with
-    /// [`Virtqueues::notify`].
+    /// [`Virtqueues::notify`]. Never if nothing was.
     #[must_use]
     pub fn kick_prepare(&mut self) -> bool {
-        self.ring_mut().is_some_and(|ring| {
-            // SAFETY: By its type invariant, `vq` is a valid virtqueue and nobody else uses it.
-            unsafe { bindings::virtqueue_kick_prepare(ring.vq.as_ptr()) }
-        })
+        let Some(Connected { ring, added, .. }) = &mut self.0.connected else {
+            return false;
+        };
+
+        // SAFETY: By its type invariant, `vq` is a valid virtqueue and nobody else uses it.
+        mem::take(added) && unsafe { bindings::virtqueue_kick_prepare(ring.vq.as_ptr()) }
     }
 
     /// Takes a buffer that the device has given back, if there is one. What the device wrote
@@ -538,7 +552,7 @@ impl<T, S: Unpin> Guard<'_, T, S> {
     ///
     /// An error, [`EPROTO`], means that the device has given back what it did not have.
     pub fn get(&mut self, answer: &mut Answer) -> Option<Result<Completed<T>>> {
-        let Connected { ring, tokens } = self.0.connected.as_mut()?;
+        let Connected { ring, tokens, .. } = self.0.connected.as_mut()?;
 
         Some(ring.get(answer)?.and_then(|(slot, payload)| {
             let token = tokens[slot].take().ok_or(EPROTO)?;
@@ -682,7 +696,9 @@ impl<H: Handler<N>, const N: usize> Virtqueues<H, N> {
     ///
     /// As long as the result exists, they stay connected and the device stays bound:
     /// [`Virtqueues::stop`] waits for it, so it must not be called with it, and whatever
-    /// [`Virtqueues::stop`] is called after must not need it. Process context.
+    /// [`Virtqueues::stop`] is called after must not need it. Process context, but not where a fence
+    /// is to be signalled: [`Virtqueues::find`] and [`Virtqueues::restart`] allocate memory
+    /// meanwhile.
     pub fn device(&self) -> Option<ConnectedDevice<'_>> {
         let device = self.device.lock();
 
@@ -892,7 +908,8 @@ impl<H: Handler<N>, const N: usize> Virtqueues<H, N> {
         // SAFETY: `dev` is a valid device, and nobody uses its queues.
         unsafe { bindings::virtio_reset_device(dev.as_raw()) };
 
-        // The device does not access memory any more. What it was given is unmapped here.
+        // The device does not access memory any more: virtio-pci sees to that, and a device on
+        // another transport is believed. What it was given is unmapped here.
         for Connected { ring, .. } in rings.iter().flatten() {
             // SAFETY: By the type invariant, `vq` is a valid virtqueue. Nobody else uses it, and
             // its device has been reset.
@@ -907,7 +924,10 @@ impl<H: Handler<N>, const N: usize> Virtqueues<H, N> {
     /// Gives up the tokens in queues that were deleted.
     fn reclaim(rings: [Option<Connected<H::Token>>; N], mut reclaim: impl FnMut(usize, H::Token)) {
         for (index, connected) in rings.into_iter().enumerate() {
-            let Some(Connected { ring, mut tokens }) = connected else {
+            let Some(Connected {
+                ring, mut tokens, ..
+            }) = connected
+            else {
                 continue;
             };
 
@@ -930,19 +950,27 @@ impl<H: Handler<N>, const N: usize> Virtqueues<H, N> {
 
     /// Notifies the device of what is in the queue `index`, if it is connected.
     ///
+    /// If the transport cannot, the queue is [broken](Guard::is_broken), for which there is no
+    /// interrupt: [`Handler::interrupt`] is called instead.
+    ///
     /// Without the lock held: this may take as long as an exit to the hypervisor. Any context.
     ///
     /// # Panics
     ///
     /// If there is no such queue.
-    pub fn notify(&self, index: usize) {
+    pub fn notify(self: &Arc<Self>, index: usize) {
         let _guard = rcu::read_lock();
         let vq = self.queues[index].notify.load(Acquire);
 
         if !vq.is_null() {
             // SAFETY: `vq` was a valid virtqueue after the RCU read lock was taken, and `stop()`
             // waits for that to be released before it resets the device and deletes the queue.
-            unsafe { bindings::virtqueue_notify(vq) };
+            let notified = unsafe { bindings::virtqueue_notify(vq) };
+
+            // Under the same read lock: whatever the driver has it do, `stop()` has waited for.
+            if !notified {
+                H::interrupt(self.as_arc_borrow(), index);
+            }
         }
     }
 

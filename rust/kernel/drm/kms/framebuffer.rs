@@ -7,7 +7,10 @@
 use super::Driver;
 use crate::{
     bindings,
-    drm::gem::IntoGEMObject,
+    drm::{
+        self,
+        gem::IntoGEMObject, //
+    },
     types::Opaque, //
 };
 use core::marker::PhantomData;
@@ -21,7 +24,8 @@ use core::marker::PhantomData;
 /// # Invariants
 ///
 /// The `struct drm_framebuffer` is initialized, was created by `drm_gem_fb_create_with_dirty()`,
-/// and is one of a device of driver `D`.
+/// and is one of a device of driver `D`, which was registered at some point: framebuffers are made
+/// for system calls and in-kernel clients only.
 #[repr(transparent)]
 pub struct Framebuffer<D: Driver>(Opaque<bindings::drm_framebuffer>, PhantomData<D>);
 
@@ -46,6 +50,13 @@ impl<D: Driver> Framebuffer<D> {
 
     fn raw(&self) -> *mut bindings::drm_framebuffer {
         self.0.get()
+    }
+
+    /// The device that the framebuffer belongs to.
+    pub fn dev(&self) -> &drm::Device<D, drm::Ioctl> {
+        // SAFETY: By the type invariants, this is a device of driver `D` that was registered at some
+        // point. It outlives its framebuffers.
+        unsafe { drm::Device::from_raw((*self.raw()).dev) }
     }
 
     /// Width, in pixels.
