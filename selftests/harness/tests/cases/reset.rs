@@ -62,6 +62,7 @@ pub fn trials() -> Vec<Trial> {
         trial("reset::broken_queue::always", always_broken),
         trial("reset::broken_queue::slowly", slowly),
         trial("reset::broken_queue::hotplug", broken_by_hotplug),
+        trial("reset::broken_queue::notify", not_notified),
         trial("reset::broken_queue::suspend", |case| {
             broken_on_the_way(case, &Machine::on_reference_host(&["--freezing", "off"]))
         }),
@@ -190,6 +191,25 @@ fn broken_by_hotplug(case: &mut Case) -> Result<()> {
     vm.wait_console("resources recovered", mark)?;
     let client = Client::start(vm, 0, &[REFERENCE_SIZE, REFERENCE_SIZE])?;
     client.draw(vm, 1)?;
+    client.end(vm)
+}
+
+/// A transport that cannot notify the device breaks the queue, and nobody is interrupted for that. The device is reset all the same.
+fn not_notified(case: &mut Case) -> Result<()> {
+    let vm = case.boot(&Machine {
+        debugger: true,
+        ..Machine::with_gpu("virtio-gpu-pci")
+    })?;
+    let client = Client::start(vm, 0, &[SIZE])?;
+    let mark = vm.mark();
+    let seeds = client.start_flips(vm)?;
+    let mut debugger = Debugger::halt(vm)?;
+    debugger.return_from("vp_notify", 0)?;
+    debugger.go()?;
+    vm.wait_console("resources recovered", mark)?;
+    client.expect_flips(vm, seeds)?;
+    client.stop_flips(vm)?;
+    client.draw(vm, 2)?;
     client.end(vm)
 }
 
