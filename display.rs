@@ -188,7 +188,8 @@ pub(crate) fn take_event(drm: &Device) -> bool {
     };
 
     match dev.config_read_le32(config::EVENTS_READ) {
-        Ok(events) if events & config::EVENT_DISPLAY != 0 => {}
+        // A device that is gone reads as all ones, which no host says: only one bit has a meaning.
+        Ok(events) if events != u32::MAX && events & config::EVENT_DISPLAY != 0 => {}
         _ => return false,
     }
     // Cleared before the host is asked: a change that comes after that is a new event.

@@ -68,6 +68,7 @@ pub fn trials() -> Vec<Trial> {
         }),
         trial("unplug::surprise_on_the_way", surprise_on_the_way),
         trial("unplug::surprise_config", surprise_config),
+        trial("unplug::unnoticed_config", unnoticed_config),
         trial("unplug::never_reset", never_reset),
         trial("unplug::shutdown_is_quiet", shutdown_is_quiet),
         trial("unplug::kexec", kexec),
@@ -524,18 +525,11 @@ fn surprise_config(case: &mut Case) -> Result<()> {
         pulled.with_context(|| format!("at {moment}"))?;
         client.expect_gone(vm)?;
         let mut told = false;
-        vm.wait(
-            "the function to be removed",
-            mark,
-            LIMIT,
-            |note| match note {
-                Note::Agent(Report::Out { id, text }) if listener.is(*id) => {
-                    told |= text.contains("HOTPLUG=1");
-                    (text.contains("ACTION=remove") && text.contains("SUBSYSTEM=pci")).then_some(())
-                }
-                _ => None,
-            },
-        )?;
+        vm.wait("the function to be removed", mark, LIMIT, |note| {
+            let text = uevent(listener, note)?;
+            told |= text.contains("HOTPLUG=1");
+            (text.contains("ACTION=remove") && text.contains("SUBSYSTEM=pci")).then_some(())
+        })?;
         ensure!(!told, "{moment}: somebody was told of displays");
         vm.signal(listener, SIGKILL)?;
         vm.wait_end(listener)?;
@@ -543,6 +537,62 @@ fn surprise_config(case: &mut Case) -> Result<()> {
         show_something(vm, 10 * seed + 2, HOST_SIZE)?;
     }
     Ok(())
+}
+
+/// The device has another display to tell of, and is away when the guest looks, which nothing tells the guest's kernel for long enough
+/// to wait in vain for an answer. All ones are no event; what it has to tell is heard when it is back.
+fn unnoticed_config(case: &mut Case) -> Result<()> {
+    const READ: &str = "vp_get";
+    let vm = case.boot(&Machine {
+        debugger: true,
+        ..removable(REFERENCE)
+    })?;
+    let client = Client::start(vm, 0, &[HOST_SIZE])?;
+    for seed in 1..=2 {
+        let mark = vm.mark();
+        let listener = vm.start_program(&["virtgpu-guest", "uevents"])?;
+        vm.wait_line(listener, "listening", mark)?;
+        let mut debugger = Debugger::halt(vm)?;
+        vm.host()?.control("hotplug 0 800x600")?;
+        debugger.run_until(READ)?;
+        removal::cover(vm)?;
+        // The guest does not look again before it has done what came of the last time, and has told user space before the time after that.
+        for _ in 0..2 {
+            vm.host()?.control("config-change")?;
+            debugger.step()?;
+            debugger.run_until(READ)?;
+        }
+        removal::uncover(vm)?;
+        debugger.go()?;
+
+        let mut told = 0;
+        vm.wait("news of displays", mark, LIMIT, |note| {
+            uevent(listener, note)?.contains("HOTPLUG=1").then_some(())
+        })?;
+        // What comes before an event of our own is all there was.
+        vm.run("echo change > /sys/class/drm/card0/uevent")?;
+        vm.wait("an event of our own", mark, LIMIT, |note| {
+            let text = uevent(listener, note)?;
+            told += u32::from(text.contains("HOTPLUG=1"));
+            text.contains("SYNTH_UUID=").then_some(())
+        })?;
+        ensure!(
+            told == 1,
+            "user space was told of displays {told} times, not once"
+        );
+        vm.signal(listener, SIGKILL)?;
+        vm.wait_end(listener)?;
+        client.draw(vm, seed)?;
+    }
+    client.end(vm)
+}
+
+/// What `listener`, which is `virtgpu-guest uevents`, has said in `note`.
+fn uevent(listener: Program, note: &Note) -> Option<&str> {
+    match note {
+        Note::Agent(Report::Out { id, text }) if listener.is(*id) => Some(text),
+        _ => None,
+    }
 }
 
 /// Expects that the kernel has said something so many times in all.
