@@ -172,12 +172,15 @@ fn unbind(case: &mut Case) -> Result<()> {
 fn probe_fails(case: &mut Case) -> Result<()> {
     const IO_ERROR: i32 = -5;
     /// Functions of the kernel, in the order in which a probe comes to them.
-    const STEPS: [&str; 10] = [
+    const STEPS: [&str; 12] = [
+        // The DRM device.
+        "__drm_dev_alloc",
         "drmm_mode_config_init",
         "drm_universal_plane_init",
         "drm_crtc_init_with_planes",
         "drm_encoder_init",
         "drm_connector_init",
+        "drm_connector_attach_encoder",
         "drm_vblank_init",
         "vp_modern_find_vqs",
         // The question for the displays.
