@@ -34,7 +34,10 @@ use virtgpu_lab::vm::{
 };
 
 use crate::cycles::Usage;
-use crate::identity::is_built_in;
+use crate::identity::{
+    is_built_in,
+    is_other_driver, //
+};
 
 const SIZE: (u32, u32) = (640, 480);
 
@@ -117,6 +120,10 @@ enum Extent {
 }
 
 pub fn trials() -> Vec<Trial> {
+    // `make soak` runs what is ignored.
+    if is_other_driver() {
+        return Vec::new();
+    }
     let mut trials = Vec::new();
     for phase in PHASES {
         let name = format!("{phase:?}").to_lowercase();

@@ -41,10 +41,6 @@ use virtgpu_lab::host::{
     commands,
     read_record, //
 };
-use virtgpu_lab::kernel::{
-    Driver,
-    Kernel, //
-};
 use virtgpu_lab::screen;
 use virtgpu_lab::suspend::Sleep;
 use virtgpu_lab::vm::{
@@ -54,7 +50,10 @@ use virtgpu_lab::vm::{
     Vm, //
 };
 
-use crate::identity::is_built_in;
+use crate::identity::{
+    is_built_in,
+    is_other_driver, //
+};
 use crate::suspend::{
     CONTENTS,
     Content,
@@ -113,8 +112,7 @@ const HOSTS: [(&str, &[&str], &str, Terms); 12] = [
 ];
 
 pub fn trials() -> Vec<Trial> {
-    // The C driver knows nothing of all this.
-    let other = Kernel::from_env().is_ok_and(|kernel| kernel.driver != Driver::Rust);
+    let other = is_other_driver();
     let mut trials = Vec::new();
     for (name, options, append, terms) in HOSTS {
         trials.push(trial(format!("freezing::host::{name}"), move |case| {

@@ -20,6 +20,8 @@ use virtgpu_lab::vm::{
     Vm, //
 };
 
+use crate::identity::is_other_driver;
+
 const SIZE: (u32, u32) = (1280, 800);
 
 /// Enough for an image of the guest's memory, in MiB.
@@ -39,7 +41,8 @@ pub fn trials() -> Vec<Trial> {
         trial("hibernate::hybrid::kept", |case| {
             let host = Machine::on_reference_host(&["--display", "1280x800"]);
             hybrid(case, &host, true)
-        }),
+        })
+        .with_ignored_flag(is_other_driver()),
         trial("hibernate::aborted", aborted),
         trial("hibernate::rolled_back", rolled_back),
     ]

@@ -13,7 +13,10 @@ use virtgpu_lab::case::{
 };
 use virtgpu_lab::client::Client;
 use virtgpu_lab::console::Console;
-use virtgpu_lab::kernel::Kernel;
+use virtgpu_lab::kernel::{
+    Driver,
+    Kernel, //
+};
 use virtgpu_lab::vm::Machine;
 
 pub fn trials() -> Vec<Trial> {
@@ -157,6 +160,11 @@ fn selftest(case: &mut Case) -> Result<()> {
         .filter(|line| line.starts_with("ok ") && !line.contains("# SKIP"));
     ensure!(passed.count() == 6, "a check was skipped:\n{}", output.out);
     Ok(())
+}
+
+/// Whether the driver is one that knows nothing of FREEZING, oopses on some hosts that break the rules, and waits for others for ever.
+pub fn is_other_driver() -> bool {
+    Kernel::from_env().is_ok_and(|kernel| kernel.driver != Driver::Rust)
 }
 
 /// Whether the driver cannot be unloaded. Without a kernel to ask, the case runs, and says what is missing.

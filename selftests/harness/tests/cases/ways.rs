@@ -31,6 +31,8 @@ use virtgpu_lab::vm::{
     reference_with, //
 };
 
+use crate::identity::is_other_driver;
+
 /// What the device offers first.
 const SIZE: (u32, u32) = (1280, 800);
 
@@ -51,11 +53,12 @@ pub fn trials() -> Vec<Trial> {
             let outcomes = [KEPT, RECOVERED];
             aborted(case, &machine, SIZE, outcomes, |_, _| Ok(()))
         }),
-        trial("ways::aborted_kept", aborted_kept),
+        trial("ways::aborted_kept", aborted_kept).with_ignored_flag(is_other_driver()),
         trial("ways::before_any_modeset", before_any_modeset),
         trial("ways::many_buffers", many_buffers),
         trial("ways::busy", busy),
-        trial("ways::in_flight::kept", |case| in_flight(case, &[], KEPT)),
+        trial("ways::in_flight::kept", |case| in_flight(case, &[], KEPT))
+            .with_ignored_flag(is_other_driver()),
         trial("ways::in_flight::recovered", |case| {
             in_flight(case, &["--freezing", "off"], RECOVERED)
         }),
