@@ -205,12 +205,15 @@ fn aborted(case: &mut Case) -> Result<()> {
     let vm = boot(case, TOO_LITTLE)?;
     let client = Client::start(vm, 1, &[SIZE])?;
     for seed in 2..=3 {
+        let before = vm.creations()?;
         let seeds = client.start_flips(vm)?;
         let output = vm.try_run(&to_disk("shutdown"))?;
         ensure!(output.code != 0, "the image found room in {TOO_LITTLE} MiB");
         client.expect_flips(vm, seeds)?;
         client.stop_flips(vm)?;
         client.draw(vm, seed)?;
+        let lost = vm.creations()? - before;
+        ensure!(lost == 1, "the host lost its resources {lost} times");
     }
     client.end(vm)
 }
