@@ -74,7 +74,9 @@ enum Terms {
     NotAsked,
     /// The host says no.
     Refused,
-    /// The host says yes, or says nothing in time, and keeps nothing or not all.
+    /// The host says nothing in time, and keeps nothing.
+    Unanswered,
+    /// The host says yes, and keeps nothing or not all.
     Broken,
 }
 
@@ -105,8 +107,8 @@ const HOSTS: [(&str, &[&str], &str, Terms); 12] = [
     ("none", &["--freezing", "off"], "", Terms::NotAsked),
     ("slow", &["--conduct", "late:1s"], "", Terms::Kept),
     ("refusing", &["--conduct", "refuse"], "", Terms::Refused),
-    ("late", &["--conduct", "late:8s"], "", Terms::Broken),
-    ("mute", &["--conduct", "mute"], "", Terms::Broken),
+    ("late", &["--conduct", "late:8s"], "", Terms::Unanswered),
+    ("mute", &["--conduct", "mute"], "", Terms::Unanswered),
     ("drops_all", &["--conduct", "drop-all"], "", Terms::Broken),
     ("drops_one", &["--conduct", "drop-one"], "", Terms::Broken),
 ];
@@ -264,7 +266,7 @@ impl Cycle {
             false => format!("resumed, {} resources recovered", cycle.resources.len()),
         };
         vm.wait_console(&said, mark)?;
-        if terms == Terms::Broken {
+        if matches!(terms, Terms::Unanswered | Terms::Broken) {
             vm.wait_console("the host did not keep its resources", mark)?;
         }
         Ok(cycle)
@@ -339,7 +341,7 @@ impl Cycle {
         let mut seen = until_shown(commands(back));
         seen.dedup();
         let mut expected = Vec::new();
-        let is_told = matches!(self.terms, Terms::Kept | Terms::Broken);
+        let is_told = matches!(self.terms, Terms::Kept | Terms::Unanswered | Terms::Broken);
         if is_told || self.is_kept() {
             expected.push(format!("RESOURCE_UNREF {SENTINEL}"));
         }
@@ -398,9 +400,11 @@ impl Cycle {
 }
 
 fn host(case: &mut Case, options: &[&str], append: &str, terms: Terms) -> Result<()> {
-    if terms == Terms::Broken {
+    if matches!(terms, Terms::Unanswered | Terms::Broken) {
         // The sentinel.
         case.expect_refused("RESOURCE_UNREF");
+    }
+    if terms == Terms::Unanswered {
         case.expect_in_log("*ERROR* no answer to STATUS_FREEZING within");
     }
     let mut machine = Machine::on_reference_host(options);
