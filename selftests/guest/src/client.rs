@@ -214,6 +214,21 @@ impl Client {
         })
     }
 
+    /// Turns every output on or off by its connector's property, which keeps its mode and its frame.
+    pub fn set_power(&self, on: bool) -> Result<()> {
+        let power = match on {
+            true => drm_ffi::DRM_MODE_DPMS_ON,
+            false => drm_ffi::DRM_MODE_DPMS_OFF,
+        };
+        for head in &self.heads {
+            let (card, connector) = (&self.card, head.connector);
+            let properties = card.get_properties(connector)?.as_hashmap(card)?;
+            let dpms = properties.get("DPMS").context("there is no DPMS")?.handle();
+            restarted(|| card.set_property(connector, dpms, power.into()))?;
+        }
+        Ok(())
+    }
+
     /// Gives up the frames. The card, given back to the caller, is as it was.
     pub fn end(self) -> Result<Card> {
         for head in self.heads {
@@ -248,6 +263,7 @@ impl Client {
 /// - `part SEED X Y WIDTH HEIGHT`: draw test picture SEED on screen, but declare only this part dirty; `drawn SEED`.
 /// - `set SEED NTH`: turn the outputs off, and on again with test picture SEED, while allocation NTH fails; what
 ///   [`shortage::during`] prints.
+/// - `power on`, `power off`: turn the outputs on or off, with what they show; `power is on`, `power is off`.
 /// - end of input: end.
 pub fn serve(card: Card, seed: u8, size: Option<(u16, u16)>) -> Result<()> {
     let mut client = Client::new(card, seed, size)?;
@@ -276,6 +292,10 @@ pub fn serve(card: Card, seed: u8, size: Option<(u16, u16)>) -> Result<()> {
                 println!("drawn {seed}");
             }
             ["set", seed, nth] => client.set(seed.parse()?, nth.parse()?)?,
+            ["power", power @ ("on" | "off")] => {
+                client.set_power(power == "on")?;
+                println!("power is {power}");
+            }
             _ => bail!("'{order}' is no order"),
         }
     }

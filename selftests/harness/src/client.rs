@@ -118,6 +118,15 @@ impl Client {
         Ok(())
     }
 
+    /// Has the client turn its outputs on or off, with what they show.
+    pub fn set_power(&self, vm: &mut Vm, on: bool) -> Result<()> {
+        let power = if on { "on" } else { "off" };
+        let mark = vm.mark();
+        vm.say(self.program, &format!("power {power}"))?;
+        vm.wait_line(self.program, &format!("power is {power}"), mark)?;
+        Ok(())
+    }
+
     /// Has the client flip between its last two pictures until [`Client::stop_flips`], and returns their seeds.
     pub fn start_flips(&self, vm: &mut Vm) -> Result<[u8; 2]> {
         let mark = vm.mark();

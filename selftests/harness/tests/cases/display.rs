@@ -19,7 +19,12 @@ use virtgpu_lab::case::{
 };
 use virtgpu_lab::client::Client;
 use virtgpu_lab::console::Console;
+use virtgpu_lab::host::{
+    after_mark,
+    commands, //
+};
 use virtgpu_lab::screen;
+use virtgpu_lab::suspend::Sleep;
 use virtgpu_lab::vm::Machine;
 
 /// Modes from small to large; some have rows whose length in bytes is no multiple of 64.
@@ -54,6 +59,7 @@ pub fn trials() -> Vec<Trial> {
         trial("display::console_returns", console_returns),
         trial("display::framebuffer_device", framebuffer_device),
         trial("display::two_outputs", two_outputs),
+        trial("display::dpms", dpms),
     ];
     modes.chain(others).collect()
 }
@@ -235,5 +241,45 @@ fn two_outputs(case: &mut Case) -> Result<()> {
     let seeds = client.start_flips(vm)?;
     client.expect_flips(vm, seeds)?;
     client.stop_flips(vm)?;
+    client.end(vm)
+}
+
+/// A client turns its output off and on again. Meanwhile it shows nothing, even if the guest sleeps and wakes up, and what the host keeps
+/// or forgets.
+fn dpms(case: &mut Case) -> Result<()> {
+    const SIZE: (u32, u32) = (1024, 768);
+    const OFF: &str = "off";
+    let vm = case.boot(&Machine::on_reference_host(&[]))?;
+    let client = Client::start(vm, 0, &[SIZE])?;
+    let sleeps = [
+        None,
+        Some((Sleep::S3, "honest")),
+        Some((Sleep::Idle, "honest")),
+        Some((Sleep::S3, "refuse")),
+        Some((Sleep::Idle, "refuse")),
+    ];
+    for (seed, sleep) in (0..).zip(sleeps) {
+        vm.host()?.mark(OFF)?;
+        client.set_power(vm, false)?;
+        let (_, is_off) = screen::watch(vm, 0, screen::SCREEN_LIMIT, screen::is_black)?;
+        ensure!(is_off, "the screen is not off");
+        if let Some((sleep, conduct)) = sleep {
+            vm.host()?.control(&format!("freezing {conduct}"))?;
+            sleep.cycle(vm)?;
+        }
+        client.set_power(vm, true)?;
+        client
+            .expect(vm, seed)
+            .with_context(|| format!("{sleep:?}"))?;
+        let record = vm.host()?.record()?;
+        let shown = commands(after_mark(&record, OFF)?)
+            .filter(|entry| entry.command == "SET_SCANOUT" && entry.args["resource_id"] != 0)
+            .count();
+        ensure!(
+            shown == 1,
+            "{sleep:?}: something was shown {shown} times, not only when the output was turned on"
+        );
+        client.draw(vm, seed + 1)?;
+    }
     client.end(vm)
 }
