@@ -15,10 +15,6 @@ use virtgpu_lab::case::{
     trial, //
 };
 use virtgpu_lab::client::Client;
-use virtgpu_lab::kernel::{
-    Driver,
-    Kernel, //
-};
 use virtgpu_lab::logs;
 use virtgpu_lab::suspend::Sleep;
 use virtgpu_lab::vm::{
@@ -27,7 +23,10 @@ use virtgpu_lab::vm::{
     reference_with, //
 };
 
-use crate::identity::is_built_in;
+use crate::identity::{
+    is_built_in,
+    is_other_driver, //
+};
 use crate::reset::COMMON_CONFIG;
 
 /// What the host may hear of a buffer that is never shown.
@@ -39,19 +38,19 @@ const EXPECTED: [&str; 4] = [
 ];
 
 pub fn trials() -> Vec<Trial> {
-    // The C driver oopses on some of these hosts, and waits for others for ever. All of them load the driver again.
-    let other = Kernel::from_env().is_ok_and(|kernel| kernel.driver != Driver::Rust);
-    let cannot = other || is_built_in();
+    // All of them load the driver again.
+    let cannot = is_other_driver() || is_built_in();
     let mut trials = vec![trial("bad_input::framebuffer", framebuffer)];
-    for (name, lies) in [
-        ("sizes", &SIZES[..]),
-        ("edid", &EDIDS),
-        ("answers", &ANSWERS),
-        ("silence", &SILENCE),
+    for (name, options, lies) in [
+        ("sizes", &[][..], &SIZES[..]),
+        ("sizes_without_edid", WITHOUT_EDID, &SIZES_WITHOUT_EDID),
+        ("edid", &[], &EDIDS),
+        ("answers", &[], &ANSWERS),
+        ("silence", &[], &SILENCE),
     ] {
         trials.push(
             trial(format!("bad_input::host::{name}"), move |case| {
-                host_lies(case, lies)
+                host_lies(case, options, lies)
             })
             .with_ignored_flag(cannot),
         );
@@ -68,66 +67,139 @@ pub fn trials() -> Vec<Trial> {
     trials
 }
 
-/// What a host says that is not so: what it is told to say, what the kernel's log has of it, once, and whether there is a device.
-type Lie = (&'static str, &'static str, bool);
+/// What a host says that is not so: what it is told to say, what the kernel's log has of it, once, and what comes of it.
+type Lie = (&'static str, &'static str, Display);
+
+/// What there is to draw on.
+#[derive(Clone, Copy)]
+enum Display {
+    None,
+    /// A display that has [`SIZE`] among its modes.
+    Able,
+    /// One that prefers it.
+    Usual,
+}
 
 /// What the display is when the host tells the truth, and when it says nothing sensible.
 const SIZE: (u32, u32) = (1024, 768);
 
 const SIZES: [Lie; 5] = [
     // The host does not care.
-    ("hotplug 0 0x0", "Initialized virtio_gpu", true),
-    ("hotplug 0 4294967295x4294967295", "clamped", true),
-    ("fault GET_DISPLAY_INFO: garbage from 32", "clamped", true),
+    ("hotplug 0 0x0", "Initialized virtio_gpu", Display::Usual),
+    ("hotplug 0 4294967295x4294967295", "clamped", Display::Usual),
+    (
+        "fault GET_DISPLAY_INFO: garbage from 32",
+        "clamped",
+        Display::Usual,
+    ),
     (
         "claim-scanouts 1000",
         "the host offers 1000 scanouts, 16 are used",
-        true,
+        Display::Usual,
     ),
-    ("claim-scanouts 0", "KMS disabled", false),
+    ("claim-scanouts 0", "KMS disabled", Display::None),
+];
+
+/// Options of a host that has nothing but sizes to say of its displays.
+const WITHOUT_EDID: &[&str] = &["--features", "indirect,event-idx"];
+
+/// Sizes of which a mode is calculated.
+const SIZES_WITHOUT_EDID: [Lie; 7] = [
+    ("hotplug 0 0x0", "Initialized virtio_gpu", Display::Usual),
+    ("hotplug 0 1x1", "Initialized virtio_gpu", Display::Able),
+    ("hotplug 0 1024x0", "Initialized virtio_gpu", Display::Usual),
+    // Divisors of 0, if they are taken as they are.
+    ("hotplug 0 1024x16116664", "clamped", Display::Able),
+    ("hotplug 0 1024x4294967293", "clamped", Display::Able),
+    ("hotplug 0 4294967295x1", "clamped", Display::Able),
+    ("hotplug 0 4294967295x4294967295", "clamped", Display::Able),
 ];
 
 const EDIDS: [Lie; 4] = [
     // The length is wrong as well.
-    ("fault GET_EDID: garbage", "no usable EDID", true),
-    ("fault GET_EDID: garbage from 32", "no usable EDID", true),
-    ("fault GET_EDID: used length 60", "no usable EDID", true),
-    ("fault GET_EDID: used length 1000", "no usable EDID", true),
+    ("fault GET_EDID: garbage", "no usable EDID", Display::Usual),
+    (
+        "fault GET_EDID: garbage from 32",
+        "no usable EDID",
+        Display::Usual,
+    ),
+    (
+        "fault GET_EDID: used length 60",
+        "no usable EDID",
+        Display::Usual,
+    ),
+    (
+        "fault GET_EDID: used length 1000",
+        "no usable EDID",
+        Display::Usual,
+    ),
 ];
 
 const ANSWERS: [Lie; 9] = [
     (
         "fault GET_DISPLAY_INFO: used length 3",
         NO_DISPLAY_INFO,
-        false,
+        Display::None,
     ),
     (
         "fault GET_DISPLAY_INFO: used length 100",
         NO_DISPLAY_INFO,
-        false,
+        Display::None,
     ),
-    ("fault GET_DISPLAY_INFO: wrong type", NO_DISPLAY_INFO, false),
+    (
+        "fault GET_DISPLAY_INFO: wrong type",
+        NO_DISPLAY_INFO,
+        Display::None,
+    ),
     (
         "fault GET_DISPLAY_INFO: error 0x1200",
         NO_DISPLAY_INFO,
-        false,
+        Display::None,
     ),
-    ("fault GET_EDID: wrong type", "no usable EDID", true),
-    ("fault GET_EDID: error 0x1204", "no usable EDID", true),
-    ("fault STATUS_FREEZING: used length 3", NO_FREEZING, true),
-    ("fault STATUS_FREEZING: wrong type", NO_FREEZING, true),
-    ("fault STATUS_FREEZING: error 0x1200", NO_FREEZING, true),
+    (
+        "fault GET_EDID: wrong type",
+        "no usable EDID",
+        Display::Usual,
+    ),
+    (
+        "fault GET_EDID: error 0x1204",
+        "no usable EDID",
+        Display::Usual,
+    ),
+    (
+        "fault STATUS_FREEZING: used length 3",
+        NO_FREEZING,
+        Display::Usual,
+    ),
+    (
+        "fault STATUS_FREEZING: wrong type",
+        NO_FREEZING,
+        Display::Usual,
+    ),
+    (
+        "fault STATUS_FREEZING: error 0x1200",
+        NO_FREEZING,
+        Display::Usual,
+    ),
 ];
 
 const SILENCE: [Lie; 4] = [
-    ("fault GET_DISPLAY_INFO: no answer", NO_DISPLAY_INFO, false),
+    (
+        "fault GET_DISPLAY_INFO: no answer",
+        NO_DISPLAY_INFO,
+        Display::None,
+    ),
     (
         "fault GET_EDID: no answer",
         "*ERROR* no answer to GET_EDID",
-        true,
+        Display::Usual,
     ),
-    ("fault STATUS_FREEZING: no answer", NO_FREEZING, true),
-    ("fault any: no answer", NO_DISPLAY_INFO, false),
+    (
+        "fault STATUS_FREEZING: no answer",
+        NO_FREEZING,
+        Display::Usual,
+    ),
+    ("fault any: no answer", NO_DISPLAY_INFO, Display::None),
 ];
 
 const NO_DISPLAY_INFO: &str = "*ERROR* no display info";
@@ -149,7 +221,7 @@ fn load(vm: &mut Vm) -> Result<String> {
 
 /// Whatever the host says, probe fails with an error that says why, or makes something sensible of it and says so, once. Then the
 /// module is unloaded, and with a host that tells the truth again it works.
-fn host_lies(case: &mut Case, lies: &[Lie]) -> Result<()> {
+fn host_lies(case: &mut Case, options: &[&str], lies: &[Lie]) -> Result<()> {
     let module = case.kernel.driver.module();
     for (lie, log, _) in lies {
         case.expect_in_log(log);
@@ -161,10 +233,10 @@ fn host_lies(case: &mut Case, lies: &[Lie]) -> Result<()> {
             case.expect_refused("GET_EDID");
         }
     }
-    let vm = case.boot_bare(&Machine::on_reference_host(&[]))?;
-    for (lie, log, has_device) in lies {
+    let vm = case.boot_bare(&Machine::on_reference_host(options))?;
+    for (lie, log, display) in lies {
         tell(vm, lie)?;
-        let seen = check_lie(vm, log, *has_device).and_then(|()| unload(vm, module));
+        let seen = check_lie(vm, log, *display).and_then(|()| unload(vm, module));
         seen.with_context(|| lie.to_string())?;
 
         for line in ["clear", "claim-scanouts off", "hotplug 0 1024x768"] {
@@ -175,7 +247,7 @@ fn host_lies(case: &mut Case, lies: &[Lie]) -> Result<()> {
             log.contains("features: +freezing"),
             "after '{lie}', an honest host is not believed: {log}"
         );
-        draw(vm).with_context(|| format!("on an honest host after '{lie}'"))?;
+        draw(vm, Display::Usual).with_context(|| format!("on an honest host after '{lie}'"))?;
         unload(vm, module)?;
     }
     Ok(())
@@ -185,25 +257,29 @@ fn tell(vm: &Vm, line: &str) -> Result<()> {
     vm.host()?.control(line).map(drop)
 }
 
-fn draw(vm: &mut Vm) -> Result<()> {
-    let client = Client::start(vm, 1, &[SIZE])?;
+/// Draws on a display, which is there if there is to be one, and not if not.
+fn draw(vm: &mut Vm, display: Display) -> Result<()> {
+    let client = match display {
+        Display::None => {
+            let output = vm.try_run("virtgpu-guest info")?;
+            ensure!(output.code != 0, "there is a display: {}", output.out);
+            return Ok(());
+        }
+        Display::Able => Client::start_in_mode(vm, 1, SIZE)?,
+        Display::Usual => Client::start(vm, 1, &[SIZE])?,
+    };
     client.draw(vm, 2)?;
     client.end(vm)
 }
 
-fn check_lie(vm: &mut Vm, expected: &str, has_device: bool) -> Result<()> {
+fn check_lie(vm: &mut Vm, expected: &str, display: Display) -> Result<()> {
     let log = load(vm)?;
     let times = log.lines().filter(|line| line.contains(expected)).count();
     ensure!(
         times == 1,
         "'{expected}' is {times} times in the log: {log}"
     );
-    if has_device {
-        return draw(vm);
-    }
-    let output = vm.try_run("virtgpu-guest info")?;
-    ensure!(output.code != 0, "there is a display: {}", output.out);
-    Ok(())
+    draw(vm, display)
 }
 
 /// A device whose configuration space is not there, or too short, is none of ours.
@@ -216,7 +292,7 @@ fn short_config(case: &mut Case, size: u32) -> Result<()> {
     machine.devices = vec![format!("{device},id=gpu0")];
     let vm = case.boot_bare(&machine)?;
     for _ in 0..2 {
-        check_lie(vm, MISSING, false)?;
+        check_lie(vm, MISSING, Display::None)?;
         unload(vm, module)?;
     }
     Ok(())
