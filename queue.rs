@@ -950,11 +950,18 @@ impl Queue {
             return Ok(self.0.lock(CTRL));
         }
 
+        // Everybody else is sent to the gate then, and waits for the reset.
+        if full && who == Who::Pm && guard.is_broken() {
+            return Err(EIO);
+        }
+
         guard.state().may_wait(full, remaining)?;
-        *left = Some(if full {
+        // Who brings the device back is alone: whatever comes back makes room for it, sooner or
+        // later.
+        *left = Some(if full && who != Who::Pm {
             self.sleep(&mut guard, remaining, who)?
         } else {
-            self.sleep_outside(&mut guard, remaining, who)?
+            self.sleep_anew(&mut guard, remaining, who)?
         });
         Ok(guard)
     }
@@ -1031,9 +1038,9 @@ impl Queue {
         slept
     }
 
-    /// As [`Queue::sleep`], before the gate. The time begins anew when the host gives something
-    /// back: a device that is being recovered, slowly, is one that works.
-    fn sleep_outside(&self, guard: &mut Guard<'_>, left: Jiffies, who: Who) -> Result<Jiffies> {
+    /// As [`Queue::sleep`], before the gate, or on behalf of recovery. The time begins anew when the
+    /// host gives something back: a device that is being recovered, slowly, is one that works.
+    fn sleep_anew(&self, guard: &mut Guard<'_>, left: Jiffies, who: Who) -> Result<Jiffies> {
         let returned = guard.state().returned;
         let left = self.sleep(guard, left, who)?;
 

@@ -99,8 +99,9 @@ pub trait Handler<const N: usize>: Send + Sync + Sized + 'static {
 
     /// The device has given back buffers of the queue `index`, or there is something wrong with it.
     ///
-    /// Called in interrupt context, only while the queues are being connected, are connected or are
-    /// being disconnected, and for different queues at the same time.
+    /// Called in interrupt context, and by [`Virtqueues::notify`] in its caller's and with its
+    /// caller's locks; only while the queues are being connected, are connected or are being
+    /// disconnected. It may be called several times at once, for the same queue, too.
     fn interrupt(queues: ArcBorrow<'_, Virtqueues<Self, N>>, index: usize);
 }
 
@@ -963,11 +964,12 @@ impl<H: Handler<N>, const N: usize> Virtqueues<H, N> {
         let vq = self.queues[index].notify.load(Acquire);
 
         if !vq.is_null() {
-            // SAFETY: `vq` was a valid virtqueue after the RCU read lock was taken, and `stop()`
-            // waits for that to be released before it resets the device and deletes the queue.
+            // SAFETY: `vq` was a valid virtqueue after the RCU read lock was taken, and
+            // `tear_down()` waits for that to be released before it resets the device and deletes
+            // the queue.
             let notified = unsafe { bindings::virtqueue_notify(vq) };
 
-            // Under the same read lock: whatever the driver has it do, `stop()` has waited for.
+            // Under the same read lock: this is over when the queues are disconnected, too.
             if !notified {
                 H::interrupt(self.as_arc_borrow(), index);
             }
