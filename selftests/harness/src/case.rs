@@ -122,6 +122,12 @@ impl Case {
     fn check_logs(&mut self) -> Result<()> {
         let mut logs = Vec::new();
         let mut complaints = Vec::new();
+        if let Some(vm) = &mut self.vm {
+            let hung = hung(vm).context("looking for tasks that hang");
+            for task in or_complain(hung, &mut complaints).unwrap_or_default() {
+                complaints.push(format!("a task hangs: {task}"));
+            }
+        }
         if self.kernel.has("CONFIG_DEBUG_KMEMLEAK")
             && let Some(vm) = &mut self.vm
         {
@@ -200,6 +206,34 @@ fn read(dir: &Path, name: &str) -> Result<String> {
     let path = dir.join(name);
     let log = fs::read(&path).with_context(|| path.display().to_string())?;
     Ok(String::from_utf8_lossy(&log).into_owned())
+}
+
+/// Returns the tasks of the guest that hang: that have not moved for longer than anybody waits for the driver, or for a commit. The
+/// kernel's own detector does not see those that began to wait when a case was nearly over.
+fn hung(vm: &mut Vm) -> Result<Vec<String>> {
+    /// In seconds. A commit has 10 s until the kernel complains of it.
+    const LONGEST: u32 = 15;
+    /// Name and number of each task that waits, whatever comes, how often it has waited, and where.
+    const WAITING: &str = r#"
+for status in $(grep -ls '^State:.D' /proc/[0-9]*/task/[0-9]*/status); do
+    [ -e $status ] || continue
+    echo $(sed -n 's/^\(Name\|Pid\|voluntary_ctxt_switches\)://p' $status) $(cat ${status%status}wchan)
+done
+"#;
+    let look = |vm: &mut Vm| -> Result<Vec<String>> {
+        let tasks = vm.run(WAITING)?;
+        Ok(tasks.lines().map(String::from).collect())
+    };
+    let mut hung = look(vm)?;
+    for _ in 0..LONGEST {
+        if hung.is_empty() {
+            break;
+        }
+        vm.run("sleep 1")?;
+        let still = look(vm)?;
+        hung.retain(|task| still.contains(task));
+    }
+    Ok(hung)
 }
 
 /// Whether the guest's kernel still looks after its locks. It stops after its first report, whatever that was about.
