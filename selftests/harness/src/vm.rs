@@ -752,6 +752,14 @@ impl Vm {
         Ok(output.out)
     }
 
+    /// Waits until so many tasks sleep in the Rust driver: there they wait for the host, for room in the ring, or until they may go on.
+    pub fn wait_for_waiters(&mut self, count: usize) -> Result<()> {
+        self.run(&format!(
+            "until [ $(grep -ls virtgpu_rs /proc/[0-9]*/wchan | wc -l) = {count} ]; do :; done"
+        ))
+        .map(drop)
+    }
+
     /// Closes a program's standard input.
     pub fn hang_up(&mut self, program: Program) -> Result<()> {
         self.order(&Order::HangUp { id: program.0 })

@@ -26,11 +26,13 @@ use virtgpu_lab::host::{
 use virtgpu_lab::logs;
 use virtgpu_lab::suspend::test_devices;
 use virtgpu_lab::vm::{
+    GPU,
     LIMIT,
     Machine,
     Mark,
     Note,
-    Vm, //
+    Vm,
+    reference_with, //
 };
 
 use crate::cycles::Usage;
@@ -137,6 +139,7 @@ pub fn trials() -> Vec<Trial> {
             matrix(case, phase, Extent::All)
         }));
     }
+    trials.push(trial("faults::killed", killed));
     trials.push(
         trial("faults::random", |case| random(case, 0..FEW)).with_ignored_flag(is_built_in()),
     );
@@ -511,4 +514,48 @@ fn names(phase: Phase, command: &str, fault: &str) -> (Vec<String>, bool) {
         },
     };
     (text.iter().map(|text| text.to_string()).collect(), false)
+}
+
+/// The host does not answer, and two clients wait for room in the ring. The second one is killed, and ends while the first one, whose
+/// time would be over first, still waits; then that one is killed, too.
+fn killed(case: &mut Case) -> Result<()> {
+    const SIGKILL: i32 = 9;
+    const RING: usize = 16;
+    let vm = case.boot(&Machine {
+        devices: vec![format!("{},id={GPU}", reference_with("vq_size", RING))],
+        // No console, which would wait for room, too.
+        append: "drm_client_lib.active=".into(),
+        ..Machine::on_reference_host(&["--display", "640x480"])
+    })?;
+    let client = Client::start(vm, 0, &[SIZE])?;
+    for round in 1..=2 {
+        let host = vm.host()?;
+        host.control("reset-counters")?;
+        host.hold("any")?;
+        let first = vm.start_program(&["virtgpu-guest", "churn"])?;
+        vm.wait_for_waiters(1)?;
+        let second = vm.start_program(&["virtgpu-guest", "create", "64x64"])?;
+        vm.wait_for_waiters(2)?;
+        for (program, name) in [(second, "second"), (first, "first")] {
+            ensure!(
+                vm.ended(first).is_none(),
+                "the first one did not wait until it was killed"
+            );
+            vm.signal(program, SIGKILL)?;
+            let output = vm.wait_end(program)?;
+            ensure!(
+                output.code == 128 + SIGKILL,
+                "the {name} one ended with {}: {}",
+                output.code,
+                output.err
+            );
+        }
+        let answered = vm.host()?.answer_now()?;
+        ensure!(
+            answered == RING,
+            "the host had {answered} of {RING} commands"
+        );
+        client.draw(vm, round)?;
+    }
+    client.end(vm)
 }
