@@ -17,7 +17,11 @@ use virtgpu_lab::kernel::{
     Driver,
     Kernel, //
 };
-use virtgpu_lab::vm::Machine;
+use virtgpu_lab::vm::{
+    Machine,
+    Output,
+    Vm, //
+};
 
 pub fn trials() -> Vec<Trial> {
     vec![
@@ -26,6 +30,7 @@ pub fn trials() -> Vec<Trial> {
         trial("identity::debugfs", debugfs),
         trial("identity::selftest", selftest),
         trial("identity::reload", reload).with_ignored_flag(is_built_in()),
+        trial("identity::beside", beside),
     ]
 }
 
@@ -184,6 +189,96 @@ fn reload(case: &mut Case) -> Result<()> {
         vm.run(&format!("rmmod {module}"))?;
         vm.run("load-driver")?;
         Console::new(vm, 1)?.write(vm, 2, &format!("Round {round}."))?;
+    }
+    Ok(())
+}
+
+/// Has the driver let go of the GPU, and take it again.
+pub const UNBIND: &str = "echo virtio0 > /sys/bus/virtio/drivers/virtio_gpu/unbind";
+pub const BIND: &str = "echo virtio0 > /sys/bus/virtio/drivers/virtio_gpu/bind";
+
+/// Loads the modules of `kernel`, from where programs are, that are not loaded yet. Returns what became of the last one.
+fn load(vm: &mut Vm, kernel: &Kernel) -> Result<Output> {
+    let mut output = Output::default();
+    for module in &kernel.modules {
+        let file = module.file_name().unwrap_or_default().to_string_lossy();
+        let name = file.trim_end_matches(".ko").replace('-', "_");
+        output = vm.try_run(&format!(
+            "grep -q '^{name} ' /proc/modules || insmod /bin/{file}"
+        ))?;
+    }
+    Ok(output)
+}
+
+/// Expects that the kernel refuses the driver of `kernel` beside the one that it has.
+fn expect_refused(vm: &mut Vm, kernel: &Kernel) -> Result<()> {
+    let output = load(vm, kernel)?;
+    ensure!(
+        output.code != 0 && output.err.contains("Device or resource busy"),
+        "beside the other driver, the {} driver was loaded: {}",
+        kernel.driver,
+        output.err
+    );
+    Ok(())
+}
+
+/// Expects that the driver of `kernel` has the device, and that test picture `seed` can be shown with it.
+fn expect_bound(vm: &mut Vm, kernel: &Kernel, seed: u8) -> Result<Client> {
+    const BUILT_IN: &str = "built in";
+    let module = vm.run(&format!(
+        "cd /sys/bus/virtio/devices/virtio0/driver && basename \"$(readlink module || echo {BUILT_IN})\""
+    ))?;
+    let expected = match kernel.modules.is_empty() {
+        true => BUILT_IN.into(),
+        false => kernel.driver.module().replace('-', "_"),
+    };
+    ensure!(
+        module.trim() == expected,
+        "the device is bound to {module} instead of {expected}"
+    );
+    Client::start(vm, seed, &[(1280, 800)])
+}
+
+/// Unloads the driver of `kernel`, which has the device.
+fn unload(vm: &mut Vm, kernel: &Kernel) -> Result<()> {
+    vm.run(UNBIND)?;
+    vm.run(&format!("rmmod {}", kernel.driver.module()))?;
+    Ok(())
+}
+
+/// Both drivers are there, as modules, or the Rust driver is built in. They have one name, and the kernel has only one driver of a name:
+/// the one that is loaded first has the device, and the other one is refused until that one is gone.
+fn beside(case: &mut Case) -> Result<()> {
+    let rust = Kernel::with_driver(Driver::Rust)?;
+    let c = Kernel::with_driver(Driver::C)?;
+    let modules = rust.modules.iter().chain(&c.modules);
+    let vm = case.boot_bare(&Machine {
+        programs: modules.cloned().collect(),
+        // No console: when the C driver is unbound, it leaks what the host has not confirmed to have forgotten yet.
+        append: "drm_client_lib.active=".into(),
+        ..Machine::with_gpu("virtio-gpu-pci")
+    })?;
+    for (round, [first, second]) in (0..).zip([[&rust, &c], [&c, &rust]]) {
+        let output = load(vm, first)?;
+        ensure!(output.code == 0, "{}", output.err);
+        let client = expect_bound(vm, first, 20 * round)?;
+        expect_refused(vm, second)?;
+        client.draw(vm, 20 * round + 1)?;
+        client.end(vm)?;
+        vm.run(UNBIND)?;
+        // A driver without a device is one.
+        expect_refused(vm, second)?;
+        vm.run(BIND)?;
+        expect_bound(vm, first, 20 * round + 2)?.end(vm)?;
+        if first.modules.is_empty() {
+            break;
+        }
+
+        unload(vm, first)?;
+        let output = load(vm, second)?;
+        ensure!(output.code == 0, "{}", output.err);
+        expect_bound(vm, second, 20 * round + 3)?.end(vm)?;
+        unload(vm, second)?;
     }
     Ok(())
 }

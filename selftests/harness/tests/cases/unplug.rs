@@ -37,17 +37,17 @@ use virtgpu_lab::vm::{
     reference_with, //
 };
 
-use crate::identity::is_built_in;
+use crate::identity::{
+    BIND,
+    UNBIND,
+    is_built_in, //
+};
 
 /// What QEMU's device offers first, and what the reference host does.
 const SIZE: (u32, u32) = (1280, 800);
 const HOST_SIZE: (u32, u32) = (1024, 768);
 
 const SIGKILL: i32 = 9;
-
-/// Has the driver let go of the GPU, and take it again.
-const UNBIND: &str = "echo virtio0 > /sys/bus/virtio/drivers/virtio_gpu/unbind";
-const BIND: &str = "echo virtio0 > /sys/bus/virtio/drivers/virtio_gpu/bind";
 
 pub fn trials() -> Vec<Trial> {
     vec![
