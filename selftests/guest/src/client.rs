@@ -39,6 +39,7 @@ use crate::card::{
     Card,
     restarted, //
 };
+use crate::fence::Fence;
 use crate::shortage;
 
 /// How long the event of a page flip may take, on the guest's clock.
@@ -186,6 +187,14 @@ impl Client {
         Ok(())
     }
 
+    /// Draws test picture `seed` off screen, and has the first output flip to it, without waiting. Returns the fence of that.
+    fn draw_with_fence(&mut self, seed: u8) -> Result<Fence> {
+        let head = &mut self.heads[0];
+        head.frames[1].redraw(&self.card, seed)?;
+        head.frames.swap(0, 1);
+        Fence::of_flip(&self.card, head.crtc, head.frames[0].framebuffer)
+    }
+
     /// Draws test picture `seed` into the frame that is on the first output, and declares a part of it dirty: the rest must not
     /// reach the screen.
     pub fn draw_and_show_part(&mut self, seed: u8, [x, y, width, height]: [u16; 4]) -> Result<()> {
@@ -264,6 +273,8 @@ impl Client {
 /// - `set SEED NTH`: turn the outputs off, and on again with test picture SEED, while allocation NTH fails; what
 ///   [`shortage::during`] prints.
 /// - `power on`, `power off`: turn the outputs on or off, with what they show; `power is on`, `power is off`.
+/// - `fence SEED`: draw test picture SEED off screen and have the first output flip to it, without waiting; `fence`, and what the kernel
+///   says of the fence. What follows is for [`hold_fence`].
 /// - end of input: end.
 pub fn serve(card: Card, seed: u8, size: Option<(u16, u16)>) -> Result<()> {
     let mut client = Client::new(card, seed, size)?;
@@ -296,8 +307,40 @@ pub fn serve(card: Card, seed: u8, size: Option<(u16, u16)>) -> Result<()> {
                 client.set_power(power == "on")?;
                 println!("power is {power}");
             }
+            ["fence", seed] => {
+                let fence = client.draw_with_fence(seed.parse()?)?;
+                println!("fence {}", fence.info()?);
+                return hold_fence(client, fence, &orders);
+            }
             _ => bail!("'{order}' is no order"),
         }
     }
+    Ok(())
+}
+
+/// Does what standard input says to who has a fence:
+///
+/// - `wait`: wait until it is signalled; `signalled`, and what the kernel says of it.
+/// - `close`: close the card; `closed`.
+/// - `ask`: `fence`, and what the kernel says of it.
+/// - end of input: end.
+fn hold_fence(client: Client, fence: Fence, orders: &Receiver<String>) -> Result<()> {
+    let mut client = Some(client);
+    while let Ok(order) = orders.recv() {
+        match order.as_str() {
+            "wait" => {
+                println!("waiting");
+                fence.wait()?;
+                println!("signalled {}", fence.info()?);
+            }
+            "close" => {
+                client = None;
+                println!("closed");
+            }
+            "ask" => println!("fence {}", fence.info()?),
+            _ => bail!("'{order}' is no order"),
+        }
+    }
+    drop(client);
     Ok(())
 }

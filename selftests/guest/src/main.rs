@@ -9,6 +9,7 @@ mod card;
 mod checks;
 mod client;
 mod fbdev;
+mod fence;
 mod ktap;
 mod shortage;
 mod uevents;
@@ -56,7 +57,8 @@ enum What {
     ///
     /// `draw SEED` draws a picture off screen and flips to it. `flip` flips between the last two pictures until the next line.
     /// `part SEED X Y WIDTH HEIGHT` draws on screen, and declares only that part dirty. `set SEED NTH` sets the mode anew to show
-    /// a picture, while the kernel runs short of memory as for `short`. Each is answered with a line.
+    /// a picture, while the kernel runs short of memory as for `short`. `fence SEED` draws off screen and flips to it, and keeps
+    /// the fence of that; then there are `wait` for the fence, `close` for the card, and `ask`. Each is answered with a line.
     Client {
         /// The first picture.
         #[arg(default_value_t = 1)]

@@ -11,6 +11,7 @@ use image::RgbImage;
 
 use crate::screen;
 use crate::vm::{
+    Mark,
     Output,
     Program,
     Vm, //
@@ -169,6 +170,15 @@ impl Client {
         Ok(())
     }
 
+    /// Has the client draw test picture `seed` and flip to it without waiting, and keep the fence of that. Returns what the kernel says of
+    /// the fence: its status, its driver and its timeline.
+    pub fn flip_with_fence(self, vm: &mut Vm, seed: u8) -> Result<(Fence, String)> {
+        let mark = vm.mark();
+        vm.say(self.program, &format!("fence {seed}"))?;
+        let info = vm.wait_line(self.program, "fence ", mark)?;
+        Ok((Fence(self.program), info))
+    }
+
     /// Starts the client on a host that misbehaves. It may end for that.
     pub fn try_start(vm: &mut Vm, seed: u8, sizes: &[(u32, u32)]) -> Result<Option<Self>> {
         let mark = vm.mark();
@@ -195,14 +205,57 @@ impl Client {
 
     /// Ends the client.
     pub fn end(self, vm: &mut Vm) -> Result<()> {
-        vm.hang_up(self.program)?;
-        let output = vm.wait_end(self.program)?;
-        ensure!(
-            output.code == 0,
-            "the client ended with {}: {}",
-            output.code,
-            output.err
-        );
+        end(vm, self.program)
+    }
+}
+
+/// A client that has the fence of a flip.
+pub struct Fence(Program);
+
+impl Fence {
+    /// Has the client wait until the fence is signalled, and returns the mark for [`Fence::signalled`].
+    pub fn start_to_wait(&self, vm: &mut Vm) -> Result<Mark> {
+        let mark = vm.mark();
+        vm.say(self.0, "wait")?;
+        vm.wait_line(self.0, "waiting", mark)?;
+        Ok(mark)
+    }
+
+    /// Waits until the client does not wait any more, as it has since `mark`. Returns what the kernel says of the fence.
+    pub fn signalled(&self, vm: &mut Vm, mark: Mark) -> Result<String> {
+        vm.wait_line(self.0, "signalled ", mark)
+    }
+
+    /// Has the client close the card.
+    pub fn close_card(&self, vm: &mut Vm) -> Result<()> {
+        let mark = vm.mark();
+        vm.say(self.0, "close")?;
+        vm.wait_line(self.0, "closed", mark)?;
         Ok(())
     }
+
+    /// Returns what the kernel says of the fence.
+    pub fn ask(&self, vm: &mut Vm) -> Result<String> {
+        let mark = vm.mark();
+        vm.say(self.0, "ask")?;
+        vm.wait_line(self.0, "fence ", mark)
+    }
+
+    /// Ends the client, and with it the fence.
+    pub fn end(self, vm: &mut Vm) -> Result<()> {
+        end(vm, self.0)
+    }
+}
+
+/// Ends a client that has nothing to complain of.
+fn end(vm: &mut Vm, program: Program) -> Result<()> {
+    vm.hang_up(program)?;
+    let output = vm.wait_end(program)?;
+    ensure!(
+        output.code == 0,
+        "the client ended with {}: {}",
+        output.code,
+        output.err
+    );
+    Ok(())
 }

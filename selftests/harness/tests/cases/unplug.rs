@@ -40,7 +40,8 @@ use virtgpu_lab::vm::{
 use crate::identity::{
     BIND,
     UNBIND,
-    is_built_in, //
+    is_built_in,
+    is_other_driver, //
 };
 
 /// What QEMU's device offers first, and what the reference host does.
@@ -58,6 +59,7 @@ pub fn trials() -> Vec<Trial> {
         trial("unplug::device_drawing", device_drawing),
         trial("unplug::device_asleep", device_asleep),
         trial("unplug::unanswered", unanswered),
+        trial("unplug::fence", fence).with_ignored_flag(is_built_in() || is_other_driver()),
         trial("unplug::surprise", surprise),
         trial("unplug::surprise_asleep::reset", |case| {
             surprise_asleep(case, REFERENCE)
@@ -382,6 +384,68 @@ fn unanswered(case: &mut Case) -> Result<()> {
             vm.run(BIND)?;
         } else {
             vm.plug("port0")?;
+        }
+        show_something(vm, 10 * round + 2, HOST_SIZE)?;
+    }
+    Ok(())
+}
+
+/// A flip waits for room in the ring, of a host that does not answer, when the driver is unbound, and when the device is pulled out. Its
+/// fence is signalled by that, and then knows neither the driver, which is unloaded, nor the device: it can be asked, and goes last.
+fn fence(case: &mut Case) -> Result<()> {
+    const RING: usize = 16;
+    const PENDING: &str = "0 virtio_gpu CRTC:";
+    const SIGNALLED: &str = "1 detached-driver signaled-timeline";
+    let module = case.kernel.driver.module();
+    let vm = case.boot(&Machine {
+        // No console, which would wait for room, too, and be told that it has waited for too long.
+        append: "pcie_ports=native drm_client_lib.active=".into(),
+        ..removable(&reference_with("vq_size", RING))
+    })?;
+    for round in 0..2 {
+        let client = Client::start(vm, 10 * round, &[HOST_SIZE])?;
+        let mark = vm.mark();
+        let churner = vm.start_program(&["virtgpu-guest", "churn"])?;
+        vm.wait_line(churner, "churning", mark)?;
+        let host = vm.host()?;
+        host.control("reset-counters")?;
+        host.control("fault any: no answer")?;
+        host.wait_faults(RING)?;
+        let (fence, info) = client.flip_with_fence(vm, 10 * round + 1)?;
+        ensure!(
+            info.starts_with(PENDING),
+            "the fence of a flip that waits: {info}"
+        );
+        // The one who has buffers come and go, and the flip.
+        vm.wait_for_waiters(2)?;
+        let mark = fence.start_to_wait(vm)?;
+        match round {
+            0 => vm.run(UNBIND).map(drop)?,
+            _ => until_pulled(vm, removal::pull)?,
+        }
+        let info = fence.signalled(vm, mark)?;
+        ensure!(
+            info == SIGNALLED,
+            "the fence of a flip that is over: {info}"
+        );
+        let output = vm.wait_end(churner)?;
+        ensure!(
+            output.code != 0 && output.err.contains("No such device"),
+            "who has buffers come and go ended with {}: {}",
+            output.code,
+            output.err
+        );
+        fence.close_card(vm)?;
+        vm.run(&format!("rmmod {module}"))?;
+        let info = fence.ask(vm)?;
+        ensure!(info == SIGNALLED, "without the driver: {info}");
+        fence.end(vm)?;
+        if round == 0 {
+            vm.host()?.control("clear")?;
+            vm.run("load-driver")?;
+        } else {
+            vm.run("load-driver")?;
+            removal::plug(vm)?;
         }
         show_something(vm, 10 * round + 2, HOST_SIZE)?;
     }
