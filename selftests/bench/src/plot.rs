@@ -165,7 +165,8 @@ fn lines(area: &Area<'_, '_>, figures: &Figures, metric: &str, title: &str) -> R
         .y_label_area_size(90)
         .build_cartesian_2d(
             (1.0..right * 1.2).log_scale(),
-            (bottom / 2.0..top * 2.0).log_scale(),
+            // Below, there is room for the legend.
+            (bottom / 10.0..top * 2.0).log_scale(),
         )?;
     chart
         .configure_mesh()
