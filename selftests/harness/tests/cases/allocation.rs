@@ -329,6 +329,8 @@ fn scattered(case: &mut Case) -> Result<()> {
         Machine::on_reference_host(&["--display", "640x480", "--features", "edid,event-idx"]);
     case.boot(&Machine {
         devices: vec![format!("{},id={GPU}", reference_with("vq_size", 16))],
+        // Checks would have objects of a page take two, side by side.
+        append: "slab_debug=FO".into(),
         ..host
     })?;
     prepare(case, Whose::Thread)?;

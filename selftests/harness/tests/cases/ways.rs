@@ -61,9 +61,10 @@ pub fn trials() -> Vec<Trial> {
             .with_ignored_flag(is_other_driver()),
         trial("ways::in_flight::recovered", |case| {
             in_flight(case, &["--freezing", "off"], RECOVERED)
-        }),
+        })
+        .with_ignored_flag(is_other_driver()),
         trial("ways::waiting_clients", waiting_clients),
-        trial("ways::full_ring", full_ring),
+        trial("ways::full_ring", full_ring).with_ignored_flag(is_other_driver()),
         trial("ways::without_scanouts", without_scanouts),
     ]
 }
