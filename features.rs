@@ -2,8 +2,8 @@
 
 //! What the host offers and what is made of it: feature bits and the config space.
 //!
-//! Every number that the host says of itself outside of an answer is read here, at probe, and leaves
-//! this file within bounds. What it says of events is read in `display.rs`.
+//! Every number that the host says of itself outside of an answer is read here, at probe, and
+//! leaves this file within bounds. What it says of events is read in `display.rs`.
 
 use kernel::{
     device,

@@ -779,7 +779,8 @@ impl Queue {
     }
 
     /// Waits until the host has answered everything, whoever may still issue commands: as long as
-    /// it goes on answering, and [`TIMEOUT_MS`] after the last answer. Not for a device that is gone.
+    /// it goes on answering, and [`TIMEOUT_MS`] after the last answer. Not for a device that is
+    /// gone.
     pub(crate) fn wait_idle(&self) -> bool {
         let engine = self.0.handler();
 
@@ -1038,8 +1039,8 @@ impl Queue {
         slept
     }
 
-    /// As [`Queue::sleep`], before the gate, or on behalf of recovery. The time begins anew when the
-    /// host gives something back: a device that is being recovered, slowly, is one that works.
+    /// As [`Queue::sleep`], before the gate, or on behalf of recovery. The time begins anew when
+    /// the host gives something back: a device that is being recovered, slowly, is one that works.
     fn sleep_anew(&self, guard: &mut Guard<'_>, left: Jiffies, who: Who) -> Result<Jiffies> {
         let returned = guard.state().returned;
         let left = self.sleep(guard, left, who)?;

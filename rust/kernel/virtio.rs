@@ -712,9 +712,10 @@ impl Device<device::Bound> {
         let parent: &device::Device =
             unsafe { device::Device::from_raw((*self.as_raw()).dev.parent) };
 
-        // SAFETY: The parent is the device that the transport is bound to, or with vDPA the one that
-        // does its DMA, whose driver removes the vDPA device. Either unregisters the virtio device
-        // before it is unbound. A virtio device that is bound to a driver hence has a bound parent.
+        // SAFETY: The parent is the device that the transport is bound to, or with vDPA the one
+        // that does its DMA, whose driver removes the vDPA device. Either unregisters the virtio
+        // device before it is unbound. A virtio device that is bound to a driver hence has a bound
+        // parent.
         unsafe { parent.as_bound() }
     }
 

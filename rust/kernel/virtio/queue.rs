@@ -697,8 +697,8 @@ impl<H: Handler<N>, const N: usize> Virtqueues<H, N> {
     ///
     /// As long as the result exists, they stay connected and the device stays bound:
     /// [`Virtqueues::stop`] waits for it, so it must not be called with it, and whatever
-    /// [`Virtqueues::stop`] is called after must not need it. Process context, but not where a fence
-    /// is to be signalled: [`Virtqueues::find`] and [`Virtqueues::restart`] allocate memory
+    /// [`Virtqueues::stop`] is called after must not need it. Process context, but not where a
+    /// fence is to be signalled: [`Virtqueues::find`] and [`Virtqueues::restart`] allocate memory
     /// meanwhile.
     pub fn device(&self) -> Option<ConnectedDevice<'_>> {
         let device = self.device.lock();

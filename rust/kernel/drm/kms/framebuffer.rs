@@ -54,8 +54,8 @@ impl<D: Driver> Framebuffer<D> {
 
     /// The device that the framebuffer belongs to.
     pub fn dev(&self) -> &drm::Device<D, drm::Ioctl> {
-        // SAFETY: By the type invariants, this is a device of driver `D` that was registered at some
-        // point. It outlives its framebuffers.
+        // SAFETY: By the type invariants, this is a device of driver `D` that was registered at
+        // some point. It outlives its framebuffers.
         unsafe { drm::Device::from_raw((*self.raw()).dev) }
     }
 
