@@ -957,9 +957,10 @@ impl Queue {
         }
 
         guard.state().may_wait(full, remaining)?;
-        // Who brings the device back is alone: whatever comes back makes room for it, sooner or
-        // later.
-        *left = Some(if full && who != Who::Pm {
+        // Behind the closed gate only recovery is left: whatever comes back makes room for it.
+        let contested = guard.state().gate == Gate::Running;
+
+        *left = Some(if full && contested {
             self.sleep(&mut guard, remaining, who)?
         } else {
             self.sleep_anew(&mut guard, remaining, who)?
