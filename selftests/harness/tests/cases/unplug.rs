@@ -428,13 +428,7 @@ fn fence(case: &mut Case) -> Result<()> {
             info == SIGNALLED,
             "the fence of a flip that is over: {info}"
         );
-        let output = vm.wait_end(churner)?;
-        ensure!(
-            output.code != 0 && output.err.contains("No such device"),
-            "who has buffers come and go ended with {}: {}",
-            output.code,
-            output.err
-        );
+        loses_device(vm, churner)?;
         fence.close_card(vm)?;
         vm.run(&format!("rmmod {module}"))?;
         let info = fence.ask(vm)?;
@@ -449,6 +443,18 @@ fn fence(case: &mut Case) -> Result<()> {
         }
         show_something(vm, 10 * round + 2, HOST_SIZE)?;
     }
+    Ok(())
+}
+
+/// Waits for the end of who has buffers come and go, which is that there is no device any more.
+fn loses_device(vm: &mut Vm, churner: Program) -> Result<()> {
+    let output = vm.wait_end(churner)?;
+    ensure!(
+        output.code != 0 && output.err.contains("No such device"),
+        "who has buffers come and go ended with {}: {}",
+        output.code,
+        output.err
+    );
     Ok(())
 }
 
@@ -490,13 +496,7 @@ fn surprise(case: &mut Case) -> Result<()> {
         client.start_flips(vm)?;
         until_pulled(vm, removal::pull)?;
         client.expect_gone(vm)?;
-        let output = vm.wait_end(churner)?;
-        ensure!(
-            output.code != 0 && output.err.contains("No such device"),
-            "who has buffers come and go ended with {}: {}",
-            output.code,
-            output.err
-        );
+        loses_device(vm, churner)?;
         one.check(vm)?;
         one.release(vm)?;
         removal::plug(vm)?;
