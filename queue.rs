@@ -1001,8 +1001,8 @@ impl Queue {
 
     /// Waits until [`Queue::try_submit`] may have a better chance.
     ///
-    /// Context and errors: as for [`Queue::submit`]. The time for room is that of all waits for this
-    /// `turn`, as long as the gate is open.
+    /// Context and errors: as for [`Queue::submit`]. The time for room is that of all waits for
+    /// this `turn`, as long as the gate is open.
     pub(crate) fn wait_turn(&self, who: Who, turn: &mut Turn) -> Result {
         let mut guard = self.0.lock(CTRL);
 
