@@ -13,7 +13,7 @@
 //! Whoever has to wait, for room in the ring, for the gate or for an answer, waits for
 //! [`TIMEOUT_MS`] at the most, is woken when the gate moves, and holds nothing that completion
 //! needs. Whoever waits for the host to be done with everything, or at the gate while somebody else
-//! does, gives it as long after each answer.
+//! does and cannot fail, gives it as long after each answer.
 //!
 //! The engine knows neither GEM nor KMS. Memory that must outlive a command is handed to it as
 //! [`Held`] and dropped in a work item of its own, never in the one that completes commands.
@@ -141,6 +141,17 @@ pub(crate) struct QueueState {
 }
 
 impl QueueState {
+    fn new() -> Self {
+        Self {
+            gate: Gate::Frozen,
+            sleepers: 0,
+            returned: 0,
+            stalled: false,
+            owing: false,
+            exposed: false,
+        }
+    }
+
     /// Has everybody but [`Who::Pm`] wait for the reset that the device needs.
     fn shut(&mut self) {
         if self.gate == Gate::Running {
@@ -148,15 +159,15 @@ impl QueueState {
         }
     }
 
-    /// Whether to wait, for room if the ring is `full`, or else before the gate, where `left`
-    /// remains of the time for that.
+    /// Whether to go on with a `wait`, for room if the ring is `full`, or else before the gate.
     ///
     /// Errors: [`ETIMEDOUT`].
-    fn may_wait(&mut self, full: bool, left: Jiffies) -> Result {
-        if full {
-            self.stalled |= left == 0;
-        }
-        if left == 0 || full && self.stalled {
+    fn may_wait(&mut self, full: bool, wait: &Wait) -> Result {
+        let over = wait.left == 0;
+
+        // Others may have taken the room that there was.
+        self.stalled |= full && over && wait.since == self.returned;
+        if over || full && self.stalled {
             return Err(ETIMEDOUT);
         }
         Ok(())
@@ -613,11 +624,33 @@ pub(crate) fn is_lost(error: Error) -> bool {
     [EIO, ECANCELED, ENODEV].contains(&error)
 }
 
+/// A wait of somebody who wants to put something into the control queue.
+#[derive(Clone, Copy)]
+struct Wait {
+    /// Whether the gate is open. Where it is not, this is the wait for the end of a recovery, which
+    /// has its own time.
+    open: bool,
+    /// What remains of the time.
+    left: Jiffies,
+    /// [`QueueState::returned`] at the beginning.
+    since: u32,
+}
+
+impl Wait {
+    fn new(state: &QueueState) -> Self {
+        Self {
+            open: state.gate == Gate::Running,
+            left: msecs_to_jiffies(TIMEOUT_MS),
+            since: state.returned,
+        }
+    }
+}
+
 /// Where somebody stands who is sent away by [`Queue::try_submit`], waits, and tries again.
 #[derive(Default)]
 pub(crate) struct Turn {
-    /// What remains of the time to wait. Nothing before the first time.
-    left: Option<Jiffies>,
+    /// Nothing before the first time.
+    wait: Option<Wait>,
     /// [`QueueState::returned`] when the ring was full, nothing if the gate was closed.
     full: Option<u32>,
 }
@@ -632,18 +665,9 @@ pub(crate) struct Queue(Arc<Virtqueues<Engine, NUM_QUEUES>>);
 impl Queue {
     /// Prepares queues that are not connected to anything yet. `dev` is named in messages.
     pub(crate) fn new(dev: &device::Device) -> Result<Self> {
-        let state = || QueueState {
-            gate: Gate::Frozen,
-            sleepers: 0,
-            returned: 0,
-            stalled: false,
-            owing: false,
-            exposed: false,
-        };
-
         Ok(Self(Virtqueues::new(
             [c"control", c"cursor"],
-            [state(), state()],
+            [QueueState::new(), QueueState::new()],
             Engine::new(dev),
         )?))
     }
@@ -906,7 +930,7 @@ impl Queue {
         who: Who,
         turn: Option<&mut Turn>,
     ) -> Result {
-        let mut left = None;
+        let mut wait = None;
         let mut guard = self.0.lock(CTRL);
 
         loop {
@@ -928,22 +952,20 @@ impl Queue {
                 return Err(EAGAIN);
             }
 
-            guard = self.wait_to_enter(guard, full, who, &mut left)?;
+            guard = self.wait_to_enter(guard, full, who, &mut wait)?;
         }
     }
 
-    /// Waits for room in the control queue, if it is `full`, or else before the gate. What remains
-    /// of the time for that is in `left`, and nothing when this is called first.
+    /// Waits for room in the control queue, if it is `full`, or else before the gate. There is no
+    /// `wait` yet when this is called first.
     #[cold]
     fn wait_to_enter<'a>(
         &'a self,
         mut guard: Guard<'a>,
         full: bool,
         who: Who,
-        left: &mut Option<Jiffies>,
+        wait: &mut Option<Wait>,
     ) -> Result<Guard<'a>> {
-        let remaining = left.unwrap_or_else(|| msecs_to_jiffies(TIMEOUT_MS));
-
         // The host may not have been told of what fills the ring.
         if full && guard.kick_prepare() {
             drop(guard);
@@ -951,20 +973,29 @@ impl Queue {
             return Ok(self.0.lock(CTRL));
         }
 
-        // Everybody else is sent to the gate then, and waits for the reset.
-        if full && who == Who::Pm && guard.is_broken() {
+        // As if there was room. For all but `Pm`, the gate is closed by whoever finds out, but not
+        // for a device that was pulled out while it was about to go to sleep, until that is over.
+        if full && guard.is_broken() {
             return Err(EIO);
         }
 
-        guard.state().may_wait(full, remaining)?;
-        // Behind the closed gate only recovery is left: whatever comes back makes room for it.
-        let contested = guard.state().gate == Gate::Running;
+        let mut now = Wait::new(guard.state());
 
-        *left = Some(if full && contested {
-            self.sleep(&mut guard, remaining, who)?
-        } else {
-            self.sleep_anew(&mut guard, remaining, who)?
-        });
+        if let Some(begun) = wait.filter(|it| it.open == now.open) {
+            now = begun;
+        }
+        guard.state().may_wait(full, &now)?;
+
+        let returned = guard.state().returned;
+
+        now.left = self.sleep(&mut guard, now.left, who)?;
+
+        // Behind the closed gate only recovery is left: whatever comes back makes room for it, and
+        // a device that is being recovered, slowly, is one that works. Who can fail does not wait
+        // for all of it: others wait for them.
+        let anew = !now.open && who != Who::Ioctl && guard.state().returned != returned;
+
+        *wait = (!anew).then_some(now);
         Ok(guard)
     }
 
@@ -1001,8 +1032,8 @@ impl Queue {
 
     /// Waits until [`Queue::try_submit`] may have a better chance.
     ///
-    /// Context and errors: as for [`Queue::submit`]. The time for room is that of all waits for
-    /// this `turn`, as long as the gate is open.
+    /// Context and errors: as for [`Queue::submit`]. The time is that of all waits for this `turn`,
+    /// as long as the gate does not move.
     pub(crate) fn wait_turn(&self, who: Who, turn: &mut Turn) -> Result {
         let mut guard = self.0.lock(CTRL);
 
@@ -1013,6 +1044,7 @@ impl Queue {
             };
 
             if admitted {
+                // As when it is submitted.
                 if guard.is_broken() {
                     return Err(EIO);
                 }
@@ -1022,7 +1054,7 @@ impl Queue {
                     return Ok(());
                 }
             }
-            guard = self.wait_to_enter(guard, admitted, who, &mut turn.left)?;
+            guard = self.wait_to_enter(guard, admitted, who, &mut turn.wait)?;
             turn.full = None;
         }
     }
@@ -1039,19 +1071,6 @@ impl Queue {
         };
         guard.state().sleepers -= 1;
         slept
-    }
-
-    /// As [`Queue::sleep`], before the gate, or on behalf of recovery. The time begins anew when
-    /// the host gives something back: a device that is being recovered, slowly, is one that works.
-    fn sleep_anew(&self, guard: &mut Guard<'_>, left: Jiffies, who: Who) -> Result<Jiffies> {
-        let returned = guard.state().returned;
-        let left = self.sleep(guard, left, who)?;
-
-        if guard.state().returned == returned {
-            Ok(left)
-        } else {
-            Ok(msecs_to_jiffies(TIMEOUT_MS))
-        }
     }
 
     /// Has the host forget the resource that `held` belongs to, and lets go of `held` then. Does
@@ -1196,5 +1215,35 @@ mod tests {
             assert!(Gate::Wedged.may_become(gate));
             assert!(gate.may_become(Gate::Gone));
         }
+    }
+
+    /// The state of a queue after somebody has waited in vain for room, while the host returned
+    /// something or not.
+    fn after_waiting_in_vain(returned: u32) -> QueueState {
+        let mut state = QueueState::new();
+        let mut wait = Wait::new(&state);
+
+        assert_eq!(state.may_wait(true, &wait), Ok(()));
+        state.returned += returned;
+        wait.left = 0;
+        assert_eq!(state.may_wait(true, &wait), Err(ETIMEDOUT));
+        state
+    }
+
+    #[test]
+    fn nobody_waits_for_room_where_nothing_came_back() {
+        let mut state = after_waiting_in_vain(0);
+        let wait = Wait::new(&state);
+
+        assert_eq!(state.may_wait(true, &wait), Err(ETIMEDOUT));
+        assert_eq!(state.may_wait(false, &wait), Ok(()));
+    }
+
+    #[test]
+    fn others_still_wait_where_the_room_was_taken() {
+        let mut state = after_waiting_in_vain(1);
+        let wait = Wait::new(&state);
+
+        assert_eq!(state.may_wait(true, &wait), Ok(()));
     }
 }
