@@ -16,8 +16,11 @@ use virtgpu_lab::client::Client;
 use virtgpu_lab::debugger::Debugger;
 use virtgpu_lab::suspend::Sleep;
 use virtgpu_lab::vm::{
+    LIMIT,
     Machine,
-    Vm, //
+    Note,
+    Vm,
+    event, //
 };
 
 use crate::identity::is_other_driver;
@@ -33,8 +36,11 @@ const TOO_LITTLE: u32 = 2;
 pub fn trials() -> Vec<Trial> {
     vec![
         trial("hibernate::test_resume", test_resume),
-        trial("hibernate::shutdown", shutdown),
-        trial("hibernate::modes_and_suspend", modes_and_suspend),
+        trial("hibernate::platform", |case| goes_on(case, "platform")),
+        trial("hibernate::shutdown", |case| goes_on(case, "shutdown")),
+        trial("hibernate::reboot", |case| goes_on(case, "reboot")),
+        trial("hibernate::s3_after_s4", s3_after_s4),
+        trial("hibernate::s4_after_s3", s4_after_s3),
         trial("hibernate::hybrid::recovered", |case| {
             hybrid(case, &Machine::with_gpu("virtio-gpu-pci"), false)
         }),
@@ -82,7 +88,7 @@ fn to_disk(mode: &str) -> String {
     format!("echo {mode} > /sys/power/disk && echo disk > /sys/power/state")
 }
 
-/// Hibernates until the machine is off, and has another process of QEMU go on with what is on its disk.
+/// Hibernates until the machine is off, or starts again, as `mode` has it, and has another process of QEMU go on with what is on its disk.
 fn off_and_on<'a>(case: &'a mut Case, mode: &str) -> Result<&'a mut Vm> {
     let vm = case.vm()?;
     let mark = vm.mark();
@@ -90,7 +96,20 @@ fn off_and_on<'a>(case: &'a mut Case, mode: &str) -> Result<&'a mut Vm> {
     if mode == "platform" {
         vm.wait_event("SUSPEND_DISK", mark)?;
     }
-    vm.wait_event("SHUTDOWN", mark)?;
+    let reason = vm.wait("the guest to end", mark, LIMIT, |note| match note {
+        Note::Monitor(message) => {
+            event(note, "SHUTDOWN").map(|()| message["data"]["reason"].clone())
+        }
+        _ => None,
+    })?;
+    let expected = match mode {
+        "reboot" => "guest-reset",
+        _ => "guest-shutdown",
+    };
+    ensure!(
+        reason == expected,
+        "the guest ended with {reason} instead of {expected} ({mode})"
+    );
 
     let vm = case.boot_again()?;
     let output = vm.wait_end(writer)?;
@@ -103,34 +122,42 @@ fn off_and_on<'a>(case: &'a mut Case, mode: &str) -> Result<&'a mut Vm> {
     Ok(vm)
 }
 
-/// The machine is switched off.
-fn shutdown(case: &mut Case) -> Result<()> {
+/// The machine ends in one of the ways that there are, and goes on.
+fn goes_on(case: &mut Case, mode: &str) -> Result<()> {
     let vm = boot(case, ENOUGH)?;
     let client = Client::start(vm, 1, &[SIZE])?;
-    let seeds = client.start_flips(vm)?;
-    let vm = off_and_on(case, "shutdown")?;
-    client.expect_flips(vm, seeds)?;
-    client.stop_flips(vm)?;
+    let vm = hibernate(case, &client, mode)?;
     client.draw(vm, 2)?;
     client.end(vm)
 }
 
-/// The other ways to end with an image on the disk, and suspend to RAM before and after each.
-fn modes_and_suspend(case: &mut Case) -> Result<()> {
-    let mut vm = boot(case, ENOUGH)?;
-    let client = Client::start(vm, 0, &[SIZE])?;
+fn s3_after_s4(case: &mut Case) -> Result<()> {
+    let vm = boot(case, ENOUGH)?;
+    let client = Client::start(vm, 1, &[SIZE])?;
+    let vm = hibernate(case, &client, "platform")?;
+    client.draw(vm, 2)?;
     suspend(vm, &client)?;
-    for (seed, mode) in [(10, "platform"), (20, "reboot")] {
-        client.draw(vm, seed)?;
-        let seeds = client.start_flips(vm)?;
-        vm = off_and_on(case, mode)?;
-        client.expect_flips(vm, seeds)?;
-        client.stop_flips(vm)?;
-        client.draw(vm, seed + 1)?;
-        suspend(vm, &client)?;
-        client.draw(vm, seed + 2)?;
-    }
+    client.draw(vm, 3)?;
     client.end(vm)
+}
+
+fn s4_after_s3(case: &mut Case) -> Result<()> {
+    let vm = boot(case, ENOUGH)?;
+    let client = Client::start(vm, 1, &[SIZE])?;
+    suspend(vm, &client)?;
+    client.draw(vm, 2)?;
+    let vm = hibernate(case, &client, "platform")?;
+    client.draw(vm, 3)?;
+    client.end(vm)
+}
+
+/// Hibernates while the client flips.
+fn hibernate<'a>(case: &'a mut Case, client: &Client, mode: &str) -> Result<&'a mut Vm> {
+    let seeds = client.start_flips(case.vm()?)?;
+    let vm = off_and_on(case, mode)?;
+    client.expect_flips(vm, seeds)?;
+    client.stop_flips(vm)?;
+    Ok(vm)
 }
 
 /// Suspends to RAM while the client flips.
@@ -192,10 +219,7 @@ fn rolled_back(case: &mut Case) -> Result<()> {
         "the host lost its resources {lost} times, not for the image and for the end"
     );
 
-    let seeds = client.start_flips(vm)?;
-    let vm = off_and_on(case, "platform")?;
-    client.expect_flips(vm, seeds)?;
-    client.stop_flips(vm)?;
+    let vm = hibernate(case, &client, "platform")?;
     client.draw(vm, 3)?;
     client.end(vm)
 }
