@@ -45,8 +45,7 @@ const HOLDS: &str = "the host holds";
 const DOWN: &str = "down";
 
 pub fn trials() -> Vec<Trial> {
-    vec![
-        trial("ways::pm_test", pm_test),
+    let mut trials = vec![
         trial("ways::back_to_back", back_to_back),
         trial("ways::aborted", |case| {
             let machine = Machine::with_gpu("virtio-gpu-pci");
@@ -66,40 +65,39 @@ pub fn trials() -> Vec<Trial> {
         trial("ways::waiting_clients", waiting_clients),
         trial("ways::full_ring", full_ring).with_ignored_flag(is_other_driver()),
         trial("ways::without_scanouts", without_scanouts),
-    ]
+    ];
+    for state in ["mem", "freeze", "disk"] {
+        for level in ["freezer", "devices", "platform", "processors", "core"] {
+            trials.push(trial(
+                format!("ways::pm_test::{state}::{level}"),
+                move |case| pm_test(case, state, level),
+            ));
+        }
+    }
+    trials
 }
 
-/// Every level of pm_test, for every kind of sleep, with a client that flips.
-fn pm_test(case: &mut Case) -> Result<()> {
-    const LEVELS: [&str; 5] = ["freezer", "devices", "platform", "processors", "core"];
+/// A part of the way to sleep and back, with a client that flips.
+fn pm_test(case: &mut Case, state: &str, level: &str) -> Result<()> {
     let vm = case.boot(&Machine::with_gpu("virtio-gpu-pci"))?;
     vm.run("echo deep > /sys/power/mem_sleep")?;
     let client = Client::start(vm, 0, &[SIZE])?;
-    let mut seed = 0;
-    for state in ["mem", "freeze", "disk"] {
-        for level in LEVELS {
-            let before = vm.creations()?;
-            let seeds = client.start_flips(vm)?;
-            let tested = test(vm, state, level)?;
-            client.expect_flips(vm, seeds)?;
-            client.stop_flips(vm)?;
-            seed += 1;
-            client.draw(vm, seed)?;
+    let before = vm.creations()?;
+    let seeds = client.start_flips(vm)?;
+    let tested = test(vm, state, level)?;
+    client.expect_flips(vm, seeds)?;
+    client.stop_flips(vm)?;
+    client.draw(vm, 1)?;
 
-            // There is no processor to halt in suspend to idle.
-            let supported = state != "freeze" || !["processors", "core"].contains(&level);
-            ensure!(
-                tested == supported,
-                "pm_test {level} for {state}: the guest did it: {tested}"
-            );
-            let lost = vm.creations()? - before;
-            let expected = usize::from(supported && level != "freezer");
-            ensure!(
-                lost == expected,
-                "pm_test {level} for {state}: the host lost its resources {lost} times instead of {expected}"
-            );
-        }
-    }
+    // There is no processor to halt in suspend to idle.
+    let supported = state != "freeze" || !["processors", "core"].contains(&level);
+    ensure!(tested == supported, "the guest did it: {tested}");
+    let lost = vm.creations()? - before;
+    let expected = usize::from(supported && level != "freezer");
+    ensure!(
+        lost == expected,
+        "the host lost its resources {lost} times instead of {expected}"
+    );
     client.end(vm)
 }
 
