@@ -31,6 +31,7 @@ use virtgpu_lab::vm::{
     reference_with, //
 };
 
+use crate::freezing::resources;
 use crate::identity::is_other_driver;
 
 /// What the device offers first.
@@ -373,14 +374,15 @@ fn expect_full_ring(record: &[Entry], ring: usize) -> Result<&[Entry]> {
     Ok(after)
 }
 
-/// Sixteen outputs flip, and the host has not answered 64 flips, 470 buffers that came and as many that went, which is what the largest
-/// ring has room for, and has not said what an output has changed to, when the driver is told to suspend.
+/// Sixteen outputs flip, and the host has not answered 64 flips and 500 buffers that came, and has not said what an output has changed
+/// to, when the driver is told to suspend. As many buffers went: they fill the rest of the ring, and where there was no room for one, the
+/// driver still has to tell the host. Afterwards the host has none of them.
 fn in_flight(case: &mut Case, host: &[&str], outcome: &str) -> Result<()> {
     const HEADS: usize = 16;
     const SIZE: (u32, u32) = (320, 240);
     const RING: usize = 1024;
     const FLIPS: usize = 4 * HEADS;
-    const BUFFERS: usize = 470;
+    const BUFFERS: usize = 500;
     /// How often the host is asked what has changed, and which output it is.
     const CHANGES: usize = 1;
     const CHANGED: usize = 1;
@@ -396,12 +398,12 @@ fn in_flight(case: &mut Case, host: &[&str], outcome: &str) -> Result<()> {
     })?;
     let client = Client::start(vm, 0, &[SIZE; HEADS])?;
     for (cycle, sleep) in (0..).zip([Sleep::S3, Sleep::Idle]) {
+        let before = resources(vm.host()?)?;
         let count = BUFFERS.to_string();
         let hold = ["virtgpu-guest", "hold", &count];
         let mark = vm.mark();
         let going = vm.start_program(&hold)?;
         vm.wait_line(going, "holding", mark)?;
-        let seeds = client.start_flips(vm)?;
 
         let host = vm.host()?;
         host.control("reset-counters")?;
@@ -409,37 +411,44 @@ fn in_flight(case: &mut Case, host: &[&str], outcome: &str) -> Result<()> {
         host.hold("RESOURCE_CREATE_2D")?;
         host.hold("RESOURCE_UNREF")?;
         host.hold("GET_DISPLAY_INFO")?;
+        // As many and no more, which would leave no room for the others.
+        for flip in 1..=FLIPS {
+            host.hold(&format!("{flip}th TRANSFER_TO_HOST_2D"))?;
+        }
         let mark = vm.mark();
         let coming = vm.start_program(&hold)?;
         vm.wait_line(coming, "holding", mark)?;
-        vm.say(going, "release")?;
-        vm.wait_line(going, "released", mark)?;
-        vm.host()?.wait_faults(2 * BUFFERS)?;
+        let seeds = client.start_flips(vm)?;
+        vm.host()?.wait_faults(BUFFERS + FLIPS)?;
         let mark = vm.mark();
         let record = down_unanswered(vm, sleep, DRIVER, |vm| {
             let host = vm.host()?;
             let (width, height) = other(cycle);
             host.control(&format!("hotplug {CHANGED} {width}x{height}"))?;
             host.wait_command("GET_DISPLAY_INFO", HOLDS)?;
-            // Soon there is no more room for any.
-            host.hold("TRANSFER_TO_HOST_2D")?;
-            host.wait_faults(2 * BUFFERS + CHANGES + FLIPS)
+            let mark = vm.mark();
+            vm.say(going, "release")?;
+            vm.wait_line(going, "released", mark)?;
+            // What waits at the driver takes every place that becomes free.
+            vm.host()?.wait_faults(RING)
         })?;
         vm.wait_console(outcome, mark)?;
 
+        expect_full_ring(&record, RING)?;
         let going_down = going_down(&record)?;
         for (name, expected) in [
-            ("RESOURCE_CREATE_2D", BUFFERS..=BUFFERS),
-            ("RESOURCE_UNREF", BUFFERS..=BUFFERS),
-            ("GET_DISPLAY_INFO", CHANGES..=CHANGES),
-            ("TRANSFER_TO_HOST_2D", FLIPS..=RING),
+            ("RESOURCE_CREATE_2D", BUFFERS),
+            ("TRANSFER_TO_HOST_2D", FLIPS),
+            ("GET_DISPLAY_INFO", CHANGES),
+            // The other buffers wait.
+            ("RESOURCE_UNREF", RING - BUFFERS - FLIPS - CHANGES),
         ] {
             let count = kept_back(going_down)
                 .filter(|entry| entry.command == name)
                 .count();
             ensure!(
-                expected.contains(&count),
-                "{count} of {name} were unanswered when the driver was told to suspend"
+                count == expected,
+                "{count} of {name} were unanswered when the driver was told to suspend, and not {expected}"
             );
         }
         client.expect_flips(vm, seeds)?;
@@ -448,7 +457,13 @@ fn in_flight(case: &mut Case, host: &[&str], outcome: &str) -> Result<()> {
             vm.hang_up(holder)?;
             vm.wait_end(holder)?;
         }
+        // The host has done all that came before what it shows.
         client.draw(vm, cycle + 1)?;
+        let after = resources(vm.host()?)?;
+        ensure!(
+            after == before,
+            "the host has the resources {after:?} instead of {before:?}"
+        );
     }
     client.end(vm)?;
     let card = vm.card()?;
