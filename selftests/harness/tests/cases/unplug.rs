@@ -170,42 +170,56 @@ fn unbind(case: &mut Case) -> Result<()> {
     console.write(vm, 3, "It is back again.")
 }
 
-/// A step of the probe fails, each in its turn: `bind` says so, nothing is left of the card, and the next probe works.
+/// A step of the probe fails, each in its turn: `bind` says so, nothing is left of the card, and the next probe works. The card is
+/// one of the VGA class, from which a probe first of all removes other drivers.
 fn probe_fails(case: &mut Case) -> Result<()> {
     const IO_ERROR: i32 = -5;
-    /// Functions of the kernel, in the order in which a probe comes to them.
-    const STEPS: [&str; 12] = [
+    const FIRST: &[usize] = &[0];
+    /// Functions of the kernel, in the order in which a probe comes to them, and how many calls succeed before each one that fails. The
+    /// kernel looks for queues with an interrupt for each, twice, with one for all, and with the one that is no message, until it finds
+    /// them: only the last queue fails in each, or the last interrupt.
+    const STEPS: [(&str, &[usize]); 16] = [
+        ("rust_helper_aperture_remove_conflicting_pci_devices", FIRST),
         // The DRM device.
-        "__drm_dev_alloc",
-        "drmm_mode_config_init",
-        "drm_universal_plane_init",
-        "drm_crtc_init_with_planes",
-        "drm_encoder_init",
-        "drm_connector_init",
-        "drm_connector_attach_encoder",
-        "drm_vblank_init",
-        "vp_modern_find_vqs",
+        ("__drm_dev_alloc", FIRST),
+        ("drmm_mode_config_init", FIRST),
+        ("drm_universal_plane_init", FIRST),
+        ("drm_crtc_init_with_planes", FIRST),
+        ("drm_encoder_init", FIRST),
+        ("drm_connector_init", FIRST),
+        ("drm_connector_attach_encoder", FIRST),
+        ("drm_vblank_init", FIRST),
+        ("drm_mode_config_create_initial_state", FIRST),
+        ("vp_modern_find_vqs", FIRST),
+        ("vp_setup_vq", &[1, 1, 1, 1]),
+        ("request_threaded_irq", &[2, 2, 1, 0]),
         // The question for the displays.
-        "virtqueue_add_sgs",
-        "drm_dev_register",
+        ("virtqueue_add_sgs", FIRST),
+        ("drm_dev_register", FIRST),
         // A part of it.
-        "drm_modeset_register_all",
+        ("drm_modeset_register_all", FIRST),
     ];
     let vm = case.boot(&Machine {
         debugger: true,
-        ..Machine::with_gpu("virtio-gpu-pci")
+        ..Machine::with_gpu("virtio-vga")
     })?;
     // What there is of cards.
     let cards = |vm: &mut Vm| {
         vm.run("ls /dev/dri /sys/class/drm /sys/kernel/debug/dri 2>/dev/null || true")
     };
-    for (seed, step) in (0..).zip(STEPS) {
+    for (seed, (step, fails)) in (0..).zip(STEPS) {
         vm.run(UNBIND)?;
         let none = cards(vm)?;
         ensure!(!none.contains("card"), "without a driver there is {none}");
         let mut debugger = Debugger::halt(vm)?;
         let binder = vm.start_program(&["sh", "-c", BIND])?;
-        debugger.return_from(step, IO_ERROR)?;
+        for calls in fails {
+            for _ in 0..*calls {
+                debugger.run_until(step)?;
+                debugger.step()?;
+            }
+            debugger.return_from(step, IO_ERROR)?;
+        }
         debugger.go()?;
         let output = vm.wait_end(binder)?;
         ensure!(
