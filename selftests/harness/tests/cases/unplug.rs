@@ -330,7 +330,9 @@ fn device_drawing(case: &mut Case) -> Result<()> {
     Ok(())
 }
 
-/// The device is taken out while the guest sleeps. Not in RAM: when QEMU wakes a machine from that, its slots forget the request.
+/// The button of the device's slot is pressed while the guest sleeps, which it hears of when it is awake: the device is there for all of
+/// resume, and goes then. One that is gone when the guest wakes up is in [`surprise_asleep`]. Not in RAM: when QEMU wakes a machine from
+/// that, its slots forget the request.
 fn device_asleep(case: &mut Case) -> Result<()> {
     let vm = case.boot(&pluggable(REFERENCE))?;
     for round in 0..2 {
@@ -523,8 +525,8 @@ fn surprise(case: &mut Case) -> Result<()> {
     Ok(())
 }
 
-/// The device is pulled out while the guest sleeps. That is sleep to idle: for S3, QEMU resets the bridge as whose memory the device's
-/// registers are laid over, and they are back.
+/// The device is pulled out while the guest sleeps: there is none when the guest wakes up. That is sleep to idle: for S3, QEMU resets the
+/// bridge as whose memory the device's registers are laid over, and they are back.
 fn surprise_asleep(case: &mut Case, device: &str) -> Result<()> {
     case.expect_in_log(LOST);
     let vm = case.boot(&removable(device))?;
