@@ -59,6 +59,7 @@ pub fn trials() -> Vec<Trial> {
         trial("unplug::device_drawing", device_drawing),
         trial("unplug::device_asleep", device_asleep),
         trial("unplug::unanswered", unanswered),
+        trial("unplug::no_answer", no_answer).with_ignored_flag(is_other_driver()),
         trial("unplug::fence", fence).with_ignored_flag(is_built_in() || is_other_driver()),
         trial("unplug::surprise", surprise),
         trial("unplug::surprise_asleep::reset", |case| {
@@ -402,6 +403,32 @@ fn unanswered(case: &mut Case) -> Result<()> {
             vm.plug("port0")?;
         }
         show_something(vm, 10 * round + 2, HOST_SIZE)?;
+    }
+    Ok(())
+}
+
+/// There is room in the ring, and the driver waits for an answer that the host does not give, when it is unbound, and when the device is
+/// pulled out. It gives up because the device is gone, and not because it has waited for too long, which would be in the log.
+fn no_answer(case: &mut Case) -> Result<()> {
+    let vm = case.boot(&removable(REFERENCE))?;
+    for round in 0..2 {
+        let host = vm.host()?;
+        host.control("reset-counters")?;
+        host.control("fault GET_DISPLAY_INFO: no answer")?;
+        host.control("hotplug 0 800x600")?;
+        host.wait_faults(1)?;
+        vm.wait_for_waiters(1)?;
+        if round == 0 {
+            vm.run(UNBIND)?;
+            let host = vm.host()?;
+            host.control("clear")?;
+            host.control(&format!("hotplug 0 {}x{}", HOST_SIZE.0, HOST_SIZE.1))?;
+            vm.run(BIND)?;
+        } else {
+            until_pulled(vm, removal::pull)?;
+            removal::plug(vm)?;
+        }
+        show_something(vm, 10 * round, HOST_SIZE)?;
     }
     Ok(())
 }
