@@ -383,6 +383,8 @@ fn in_flight(case: &mut Case, host: &[&str], outcome: &str) -> Result<()> {
     const RING: usize = 1024;
     const FLIPS: usize = 4 * HEADS;
     const BUFFERS: usize = 500;
+    /// How many of those that go do so when somebody waits for an answer already, whose time is short.
+    const LATE: usize = 100;
     /// How often the host is asked what has changed, and which output it is.
     const CHANGES: usize = 1;
     const CHANGED: usize = 1;
@@ -399,11 +401,19 @@ fn in_flight(case: &mut Case, host: &[&str], outcome: &str) -> Result<()> {
     let client = Client::start(vm, 0, &[SIZE; HEADS])?;
     for (cycle, sleep) in (0..).zip([Sleep::S3, Sleep::Idle]) {
         let before = resources(vm.host()?)?;
-        let count = BUFFERS.to_string();
-        let hold = ["virtgpu-guest", "hold", &count];
-        let mark = vm.mark();
-        let going = vm.start_program(&hold)?;
-        vm.wait_line(going, "holding", mark)?;
+        let hold = |vm: &mut Vm, count: usize| {
+            let mark = vm.mark();
+            let holder = vm.start_program(&["virtgpu-guest", "hold", &count.to_string()])?;
+            vm.wait_line(holder, "holding", mark)?;
+            anyhow::Ok(holder)
+        };
+        let release = |vm: &mut Vm, holder| {
+            let mark = vm.mark();
+            vm.say(holder, "release")?;
+            vm.wait_line(holder, "released", mark)
+        };
+        let going = hold(vm, BUFFERS - LATE)?;
+        let late = hold(vm, LATE)?;
 
         let host = vm.host()?;
         host.control("reset-counters")?;
@@ -415,20 +425,17 @@ fn in_flight(case: &mut Case, host: &[&str], outcome: &str) -> Result<()> {
         for flip in 1..=FLIPS {
             host.hold(&format!("{flip}th TRANSFER_TO_HOST_2D"))?;
         }
-        let mark = vm.mark();
-        let coming = vm.start_program(&hold)?;
-        vm.wait_line(coming, "holding", mark)?;
+        let coming = hold(vm, BUFFERS)?;
+        release(vm, going)?;
         let seeds = client.start_flips(vm)?;
-        vm.host()?.wait_faults(BUFFERS + FLIPS)?;
+        vm.host()?.wait_faults(2 * BUFFERS - LATE + FLIPS)?;
         let mark = vm.mark();
         let record = down_unanswered(vm, sleep, DRIVER, |vm| {
             let host = vm.host()?;
             let (width, height) = other(cycle);
             host.control(&format!("hotplug {CHANGED} {width}x{height}"))?;
             host.wait_command("GET_DISPLAY_INFO", HOLDS)?;
-            let mark = vm.mark();
-            vm.say(going, "release")?;
-            vm.wait_line(going, "released", mark)?;
+            release(vm, late)?;
             // What waits at the driver takes every place that becomes free.
             vm.host()?.wait_faults(RING)
         })?;
@@ -453,7 +460,7 @@ fn in_flight(case: &mut Case, host: &[&str], outcome: &str) -> Result<()> {
         }
         client.expect_flips(vm, seeds)?;
         client.stop_flips(vm)?;
-        for holder in [going, coming] {
+        for holder in [going, late, coming] {
             vm.hang_up(holder)?;
             vm.wait_end(holder)?;
         }
