@@ -381,6 +381,7 @@ fn sleep(case: &mut Case, machine: &Machine, size: (u32, u32)) -> Result<()> {
     vm.run("echo 0 > /sys/power/pm_async && echo devices > /sys/power/pm_test")?;
     let act = ["write", "/sys/power/state", "mem"];
     let client = Client::start(vm, 0, &[size])?;
+    let (mut down, mut back) = (0, 0);
     each(|nth| {
         let seed = nth as u8;
         vm.run("dmesg -c > /dev/null")?;
@@ -391,6 +392,12 @@ fn sleep(case: &mut Case, machine: &Machine, size: (u32, u32)) -> Result<()> {
             tried.error.is_some() || !log.contains(NOT_OFF),
             "who suspends was not told that the driver could not:\n{log}"
         );
+        // Who suspends is told of what fails on the way down, and of nothing that fails on the way back.
+        if tried.error.is_some() {
+            down += 1;
+        } else if log.contains("*ERROR*") {
+            back += 1;
+        }
         if log.contains(NOT_BACK) {
             // It does the next time.
             client.draw_unseen(vm, seed)?;
@@ -408,6 +415,10 @@ fn sleep(case: &mut Case, machine: &Machine, size: (u32, u32)) -> Result<()> {
         }
         Ok(tried.failed)
     })?;
+    ensure!(
+        down > 0 && back > 0,
+        "for want of memory, {down} attempts failed going down, and {back} coming back"
+    );
     client.end(vm)?;
     unload(vm)
 }
