@@ -27,6 +27,7 @@ pub const SUSPEND_COLUMNS: &[(&str, &str)] = &[
     ("instructions_module", "in the module"),
     ("commands", "commands"),
     ("kicks", "kicks"),
+    ("bytes", "bytes"),
     ("clock_us", "guest's clock, µs"),
     ("first_frame_us", "first right frame, µs"),
 ];
@@ -88,7 +89,7 @@ impl Figures {
         text
     }
 
-    /// The two drivers side by side, as a table that Markdown understands: C, Rust, ratio.
+    /// The two drivers side by side, as a table that Markdown understands: C, Rust, and Rust divided by C.
     pub fn table(&self) -> String {
         let (suspend, others): (Vec<_>, Vec<_>) = self
             .operations
@@ -101,7 +102,7 @@ impl Figures {
     }
 
     fn part_of_table(&self, operations: &[&String], columns: &[(&str, &str)]) -> String {
-        let mut rows = vec![vec![String::from("operation (C / Rust = ratio)")]];
+        let mut rows = vec![vec![String::from("operation (C, Rust: Rust / C)")]];
         rows[0].extend(columns.iter().map(|(_, title)| title.to_string()));
         for operation in operations {
             let mut row = vec![operation.to_string()];
@@ -142,12 +143,12 @@ fn median(values: &[f64]) -> f64 {
 fn cell(reference: Option<f64>, measured: Option<f64>) -> String {
     match (reference, measured) {
         (Some(c), Some(rust)) if c > 0.0 => {
-            format!("{} / {} = {:.2}", short(c), short(rust), rust / c)
+            format!("{}, {}: {:.2}", short(c), short(rust), rust / c)
         }
         (None, None) => String::from("–"),
         (c, rust) => {
             let show = |value: Option<f64>| value.map_or(String::from("–"), short);
-            format!("{} / {}", show(c), show(rust))
+            format!("{}, {}", show(c), show(rust))
         }
     }
 }
@@ -202,7 +203,7 @@ mod tests {
 
     #[test]
     fn what_one_driver_lacks_has_no_ratio() {
-        assert_eq!(cell(Some(2.0), None), "2 / –");
-        assert_eq!(cell(Some(2.0), Some(1.0)), "2 / 1 = 0.50");
+        assert_eq!(cell(Some(2.0), None), "2, –");
+        assert_eq!(cell(Some(2.0), Some(1.0)), "2, 1: 0.50");
     }
 }
