@@ -12,8 +12,8 @@
 //!
 //! Whoever has to wait, for room in the ring, for the gate or for an answer, waits for
 //! [`TIMEOUT_MS`] at the most, is woken when the gate moves, and holds nothing that completion
-//! needs. Whoever waits for the host to be done with everything, or at the gate while somebody else
-//! does and cannot fail, gives it as long after each answer.
+//! needs. Whoever cannot fail and waits for the host to be done with everything, or while the gate
+//! is closed, gives it as long after each answer.
 //!
 //! The engine knows neither GEM nor KMS. Memory that must outlive a command is handed to it as
 //! [`Held`] and dropped in a work item of its own, never in the one that completes commands.
@@ -973,8 +973,9 @@ impl Queue {
             return Ok(self.0.lock(CTRL));
         }
 
-        // As if there was room. For all but `Pm`, the gate is closed by whoever finds out, but not
-        // for a device that was pulled out while it was about to go to sleep, until that is over.
+        // As if there was room. For all but `Pm`, `dequeue` closes the gate when it finds out, but
+        // not for a device that was pulled out while it was about to go to sleep, until that is
+        // over.
         if full && guard.is_broken() {
             return Err(EIO);
         }
@@ -1033,7 +1034,7 @@ impl Queue {
     /// Waits until [`Queue::try_submit`] may have a better chance.
     ///
     /// Context and errors: as for [`Queue::submit`]. The time is that of all waits for this `turn`,
-    /// as long as the gate does not move.
+    /// as long as it does not find the gate opened or closed.
     pub(crate) fn wait_turn(&self, who: Who, turn: &mut Turn) -> Result {
         let mut guard = self.0.lock(CTRL);
 
@@ -1126,6 +1127,9 @@ impl Queue {
     }
 
     /// Tells the host what there was no room for.
+    ///
+    /// This comes before anybody who was woken. If somebody sleeps, who may want the same room, it
+    /// is theirs every other time that something comes back, as long as there is a next time.
     fn retry(&self) {
         let engine = self.0.handler();
         let mut any = false;
@@ -1135,6 +1139,12 @@ impl Queue {
             let mut guard = self.0.lock(CTRL);
 
             if guard.state().gate != Gate::Running {
+                break;
+            }
+            if guard.state().sleepers > 0
+                && guard.state().returned % 2 == 0
+                && guard.in_flight() > 0
+            {
                 break;
             }
 

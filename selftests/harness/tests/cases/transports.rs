@@ -25,6 +25,8 @@ use virtgpu_lab::vm::{
     reference_with, //
 };
 
+use crate::identity::is_other_driver;
+
 const SIZE: (u32, u32) = (1280, 800);
 
 pub fn trials() -> Vec<Trial> {
@@ -33,6 +35,7 @@ pub fn trials() -> Vec<Trial> {
         trial("transports::four_cpus", four_cpus),
         trial("transports::large_backing", large_backing),
         trial("transports::short_ring", short_ring),
+        trial("transports::slow_host", slow_host).with_ignored_flag(is_other_driver()),
         trial("transports::iommu", iommu),
         trial("transports::bounce_buffers", bounce_buffers),
     ]
@@ -112,6 +115,41 @@ fn short_ring(case: &mut Case) -> Result<()> {
     client.expect_flips(vm, seeds)?;
     client.stop_flips(vm)?;
     client.draw(vm, 11)?;
+    client.end(vm)
+}
+
+/// Buffers have gone that a slow host can be told of only when there is room in the ring, which takes it longer than the driver waits for
+/// room. What is drawn meanwhile has its share.
+fn slow_host(case: &mut Case) -> Result<()> {
+    const SIZE: (u32, u32) = (1024, 768);
+    const RING: usize = 16;
+    const BUFFERS: usize = 10 * RING;
+    let device = format!("{},id={GPU}", reference_with("vq_size", RING));
+    let vm = case.boot(&Machine {
+        devices: vec![device],
+        ..Machine::on_reference_host(&[])
+    })?;
+    let client = Client::start(vm, 0, &[SIZE])?;
+    let mark = vm.mark();
+    let holder = vm.start_program(&["virtgpu-guest", "hold", &BUFFERS.to_string()])?;
+    vm.wait_line(holder, "holding", mark)?;
+    let host = vm.host()?;
+    host.control("reset-counters")?;
+    // Ten seconds: as many at a time as the ring holds. The driver waits five for room.
+    host.control("fault RESOURCE_UNREF: answer after 1 s")?;
+    vm.say(holder, "release")?;
+    vm.wait_line(holder, "released", mark)?;
+    vm.host()?.wait_faults(1)?;
+    client.draw(vm, 1)?;
+    let told = vm.host()?.faults()?;
+    ensure!(
+        told < BUFFERS,
+        "the host was told of all buffers before anything was drawn"
+    );
+    vm.host()?.wait_faults(BUFFERS)?;
+    client.draw(vm, 2)?;
+    vm.hang_up(holder)?;
+    vm.wait_end(holder)?;
     client.end(vm)
 }
 
